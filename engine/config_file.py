@@ -176,6 +176,11 @@ def reference() -> str:
     return "\n".join(lines) + "\n"
 
 
+def reference_rows() -> list[dict[str, object]]:
+    """The same as rows, for a machine."""
+    return [{"key": o.key, "type": expected(o.kind), "default": o.default, "meaning": o.sentence} for o in OPTIONS.values()]
+
+
 def expected(kind: Any) -> str:
     """A type in words: 'an integer', 'one of "a", "b"', 'an array of 3 integers'."""
     if get_origin(kind) is Literal:

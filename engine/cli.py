@@ -1,0 +1,300 @@
+"""The `vatt` command: argument handling and nothing else.
+
+Every handler imports what it needs when it is called, so `vatt --help` never waits for torch.
+
+Exit codes: 0 success; 1 failed; 2 bad usage or bad input; 75 interrupted, saved and resumable; 130 interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import sys
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import NoReturn
+
+SUCCESS, FAILED, BAD_INPUT, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
+EXIT_CODES = "exit codes: 0 success, 1 failed, 2 bad usage or input,\n75 interrupted and saved (the same command resumes), 130 interrupted"
+
+Row = dict[str, object]
+
+
+@dataclass(frozen=True)
+class Command:
+    """One row of the table of commands.
+
+    name: words typed by the user, "data check". run: handler, returns an exit code. arguments: adds its arguments.
+    overrides: `--section.key VALUE` pairs are taken out before argparse sees them, and arrive as `args.overrides`.
+    """
+
+    name: str
+    help: str
+    example: str
+    run: Callable[[argparse.Namespace], int]
+    arguments: Callable[[argparse.ArgumentParser], None] = lambda parser: None
+    overrides: bool = False
+
+
+# ---- handlers --------------------------------------------------------------------------------------------------------
+
+
+def doctor(args: argparse.Namespace) -> int:
+    from vatt.engine.doctor import examine, show
+
+    rows = examine()
+    print(show(rows))
+    _write_rows(args.json, rows)
+    return SUCCESS
+
+
+def config_show(args: argparse.Namespace) -> int:
+    from vatt.engine.config_file import load_run, to_toml
+
+    print(to_toml(load_run(args.config, args.overrides)), end="")
+    return SUCCESS
+
+
+def config_reference(args: argparse.Namespace) -> int:
+    from vatt.engine.config_file import reference, reference_rows
+
+    print(reference(), end="")
+    _write_rows(args.json, reference_rows())
+    return SUCCESS
+
+
+def data_sample_world(args: argparse.Namespace) -> int:
+    from vatt.engine.data.sample_world import make_sample_world
+
+    make_sample_world(args.out, train=args.train, test=args.test, seed=args.seed, container=args.container)
+    return SUCCESS
+
+
+def data_check(args: argparse.Namespace) -> int:
+    from vatt.engine.data.catalogue import Catalogue
+
+    catalogue = Catalogue.read(args.catalogue)
+    with_text = sum(bool(clip.captions) for clip in catalogue)
+    print(f"{args.catalogue}: {len(catalogue)} clips, {with_text} with captions; every row is well-formed")
+    return SUCCESS
+
+
+def pretrain(args: argparse.Namespace) -> int:
+    from vatt.engine.config_file import load_run
+
+    config = load_run(args.config, args.overrides)  # before torch: a typo answers at once
+    from vatt.engine.train import pretrain
+
+    return pretrain(config)
+
+
+def evaluate_retrieval(args: argparse.Namespace) -> int:
+    from vatt.engine.evaluate.retrieval import retrieval
+
+    scores = retrieval(args.source, args.catalogue)
+    _write_rows(args.json, [scores])
+    print(json.dumps(scores))
+    return SUCCESS
+
+
+def report(args: argparse.Namespace) -> int:
+    from vatt.engine.report import write_report
+
+    print(write_report(args.run_directory))
+    return SUCCESS
+
+
+# ---- arguments -------------------------------------------------------------------------------------------------------
+
+
+def _config(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", help="a TOML file, or the name of a shipped recipe such as pretrain/tiny")
+
+
+def _json(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", type=Path, metavar="FILE", help='write the table as {"rows": [{field: value}]}')
+
+
+def _sample_world(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("out", type=Path, help="folder to make: train.jsonl, test.jsonl and the files they name")
+    parser.add_argument("--train", type=_count, default=1000, metavar="N", help="training clips (default: %(default)s)")
+    parser.add_argument("--test", type=_count, default=200, metavar="M", help="test clips (default: %(default)s)")
+    parser.add_argument("--seed", type=_count, default=0, metavar="S", help="same seed, same world (default: %(default)s)")
+    parser.add_argument("--container", choices=("mp4", "webm"), default="mp4", help="H.264/AAC mp4 or VP9/Opus webm")
+
+
+def _catalogue(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("catalogue", type=Path, help="JSON lines, one clip a line")
+
+
+def _retrieval(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("source", type=Path, metavar="RUN_OR_CHECKPOINT", help="run directory, or one of its checkpoints")
+    _catalogue(parser)
+    _json(parser)
+
+
+def _run_directory(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must not be negative: {text}")
+    return value
+
+
+COMMANDS = (
+    Command("doctor", "what this machine can run, and a remedy for what it cannot", "vatt doctor", doctor, _json),
+    Command("config show", "a configuration, resolved", "vatt config show pretrain/lbs --batch_size 512", config_show, _config, True),
+    Command("config reference", "every setting: key, type, default, meaning", "vatt config reference", config_reference, _json),
+    Command(
+        "data sample-world",
+        "make real, small audio-video files with captions and labels",
+        "vatt data sample-world runs/world --train 1000 --test 200 --seed 0 --container mp4",
+        data_sample_world,
+        _sample_world,
+    ),
+    Command("data check", "every problem of a catalogue, by line", "vatt data check runs/world/train.jsonl", data_check, _catalogue),
+    Command(
+        "pretrain",
+        "pre-train; the same command works alone, under deepspeed and under torchrun",
+        "vatt pretrain pretrain/tiny --output runs/mine --optimizer.learning_rate 3e-4",
+        pretrain,
+        _config,
+        True,
+    ),
+    Command(
+        "evaluate retrieval",
+        "zero-shot retrieval; one JSON object on the last line",
+        "vatt evaluate retrieval runs/demo runs/world/test.jsonl",
+        evaluate_retrieval,
+        _retrieval,
+    ),
+    Command("report", "one self-contained HTML page about a run", "vatt report runs/demo", report, _run_directory),
+)
+_GROUPS = {"config": "configurations", "data": "clips on disk", "evaluate": "downstream metrics"}
+
+
+# ---- the parser ------------------------------------------------------------------------------------------------------
+
+
+class _UsageError(Exception):
+    exit_code = BAD_INPUT
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise _UsageError(f"{message} (see: {self.prog} --help)")
+
+
+def build_parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        "vatt",
+        description="Train VATT: video, audio and text Transformers, from raw clips.",
+        epilog=EXIT_CODES + "\n`vatt COMMAND --help` shows an example of each.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    # DeepSpeed's launcher puts this before the command; the rank itself is read from LOCAL_RANK, which it sets as well.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    table = "\n".join(f"{command.name:<20}{command.help}" for command in COMMANDS)
+    top = parser.add_subparsers(title="commands", description=table, metavar="COMMAND", required=True, parser_class=_Parser)
+    groups: dict[str, argparse._SubParsersAction] = {"": top}
+    for command in COMMANDS:
+        group, _, name = command.name.rpartition(" ")
+        if group not in groups:
+            folder = top.add_parser(group, description=_GROUPS[group], allow_abbrev=False)
+            groups[group] = folder.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
+        usage = f"vatt {command.name} [-h] CONFIG [--section.key VALUE ...]" if command.overrides else None
+        leaf = groups[group].add_parser(
+            name,
+            **({"help": command.help} if group else {}),  # the top's own table already lists every command
+            description=command.help,
+            epilog=f"example:\n  {command.example}",
+            usage=usage,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+        leaf.add_argument("--debug", action="store_true", default=argparse.SUPPRESS, help="show the traceback of an error")
+        command.arguments(leaf)
+        leaf.set_defaults(run=command.run)
+    return parser
+
+
+def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
+    """(what argparse shall see, the `--section.key VALUE` pairs).
+
+    Whether a key exists is for `config_file` to say: it knows the nearest one. Only commands that take overrides
+    are treated so; elsewhere an unknown flag stays argparse's to refuse.
+    """
+    start = next((end for command in COMMANDS if command.overrides and (end := _end_of(command.name, arguments))), len(arguments))
+    plain, overrides, rest = list(arguments[:start]), [], list(arguments[start:])
+    while rest:
+        argument = rest.pop(0)
+        if not argument.startswith("--") or argument in ("--help", "--debug"):
+            plain.append(argument)
+            continue
+        overrides.append(argument)
+        if "=" not in argument and rest and not rest[0].startswith("--"):
+            overrides.append(rest.pop(0))
+    return plain, overrides
+
+
+def _end_of(name: str, arguments: Sequence[str]) -> int:
+    """Where the words of a command end in `arguments`; 0 = it is not the command given."""
+    words = name.split()
+    for i in range(len(arguments)):
+        if arguments[i : i + len(words)] == words:
+            return i + len(words)
+        if not arguments[i].startswith("-") and not arguments[i].isdigit():  # a digit: the value of --local_rank
+            break
+    return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit code; every error is one line on stderr."""
+    arguments = list(sys.argv[1:] if arguments is None else arguments)
+    plain, overrides = take_overrides(arguments)
+    try:
+        args = build_parser().parse_args(plain)
+        args.overrides = overrides
+        code = args.run(args)
+        sys.stdout.flush()
+        return code
+    except KeyboardInterrupt:
+        print("interrupted", file=sys.stderr)
+        return INTERRUPTED
+    except BrokenPipeError:
+        # The reader of our output (`| head`) left. Python would complain again when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return FAILED
+    except Exception as error:
+        if "--debug" in plain:
+            traceback.print_exc()
+        message, code = explain(error)
+        print(f"error: {message}", file=sys.stderr)
+        return code
+
+
+def explain(error: Exception) -> tuple[str, int]:
+    """(message, exit code). Our own errors are written for the user; anything else says what it is."""
+    if type(error).__module__.startswith("vatt.") or isinstance(error, _UsageError):
+        return str(error), getattr(error, "exit_code", BAD_INPUT)
+    if isinstance(error, OSError) and error.filename:
+        wrong_path = isinstance(error, (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError))
+        return f"{error.filename}: {(error.strerror or 'cannot be used').lower()}", BAD_INPUT if wrong_path else FAILED
+    return f"{type(error).__name__}: {' '.join(str(error).split())} (--debug shows where)", FAILED
+
+
+def _write_rows(path: Path | None, rows: Iterable[Row]) -> None:
+    if path is not None:
+        path.write_text(json.dumps({"rows": list(rows)}, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    sys.exit(main())
