@@ -1,0 +1,127 @@
+"""Adam with a guard that lives on the device, and the learning-rate schedules."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from vatt.engine.config import OptimizerConfig
+
+
+def learning_rate(step: int, config: OptimizerConfig, steps: int) -> float:
+    """Learning rate of step `step` (from 0) of a run of `steps` steps.
+
+    Linear warm-up from 0 at step 0 to `learning_rate` at step `warmup`, then, with p the fraction of the rest done,
+
+        quarter_cosine  final + (peak - final) cos(pi/2 p)          paper, section 4.1
+        half_cosine     final + (peak - final) (1 + cos(pi p)) / 2  released code
+        constant        peak
+
+    and the decay's end from step `steps` on, where the released code divides by zero and returns NaN.
+    """
+    peak, final = config.learning_rate, config.final_learning_rate
+    if step < config.warmup and step < steps:
+        return peak * step / config.warmup
+    if config.schedule == "constant":
+        return peak
+    done = 1.0 if step >= steps else (step - config.warmup) / (steps - config.warmup)
+    if config.schedule == "quarter_cosine":
+        return final + (peak - final) * math.cos(0.5 * math.pi * done)
+    return final + (peak - final) * 0.5 * (1.0 + math.cos(math.pi * done))
+
+
+def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters the optimizer moves, by name: all that are not frozen, in the model's order. None is decayed."""
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+class Adam(torch.optim.Optimizer):
+    """Adam (Kingma and Ba, 2015) that leaves weights, moments and step count alone when a gradient is not finite.
+
+    With m and v the moments after the update and t the number of updates so far, the two forms differ in epsilon only:
+
+        pytorch     w -= lr / (1 - b1^t) m / (sqrt(v / (1 - b2^t)) + eps)
+        tensorflow  w -= lr sqrt(1 - b2^t) / (1 - b1^t) m / (sqrt(v) + eps)
+
+    so the second is the first with eps / sqrt(1 - b2^t).
+
+    The guard never asks the host: the gradient's norm is taken on the device in fp32, and the update reads it there. A
+    gradient whose norm overflows fp32 counts as not finite. With `partitioned`, each rank holds other elements (ZeRO), and
+    the squared norm is summed over the ranks: a NaN anywhere then reaches all of them in that one number. Every call of
+    `step` makes its own decision, so all parameters must be updated by one call.
+
+    After `step` or `guard`: `gradient_norm` (fp32 scalar) and `skipped` (bool scalar), both on the device.
+    """
+
+    def __init__(self, parameters: Iterable[Tensor], config: OptimizerConfig, *, partitioned: bool = False):
+        super().__init__(parameters, {"lr": config.learning_rate})
+        self.config = config
+        self.partitioned = partitioned
+        first = self.param_groups[0]["params"][0]
+        self.updates = torch.zeros((), dtype=torch.float32, device=first.device)  # t; exact to 2^24
+        self.gradient_norm = torch.zeros((), dtype=torch.float32, device=first.device)
+        self.skipped = torch.zeros((), dtype=torch.bool, device=first.device)
+
+    def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
+        """First and second moment of a parameter; zeros until its first update."""
+        state = self.state[parameter]
+        if not state:
+            state["m"] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
+            state["v"] = torch.zeros_like(state["m"])
+        return state["m"], state["v"]
+
+    @torch.no_grad()
+    def guard(self, gradients: Sequence[Tensor]) -> None:
+        """Measure the gradient, decide whether the step is taken, and count it if so."""
+        square = torch.stack(torch._foreach_norm(gradients, 2.0, dtype=torch.float32)).square().sum()
+        if self.partitioned and dist.get_world_size() > 1:
+            dist.all_reduce(square)
+        self.gradient_norm = square.sqrt()
+        self.skipped = ~torch.isfinite(square)
+        self.updates += ~self.skipped
+
+    @torch.no_grad()
+    def update(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], learning_rate: float) -> None:
+        """Move fp32 `parameters` by fp32 `gradients`, unless the last `guard` said no."""
+        beta1, beta2 = self.config.beta1, self.config.beta2
+        rate: float | Tensor = learning_rate
+        updates = self.updates
+        if self.config.epsilon_form == "tensorflow":
+            # The fused kernel knows PyTorch's form only. At t = infinity its two bias corrections are 1 and the forms
+            # agree, so what is left of TensorFlow's goes into the rate.
+            t = updates.double()
+            rate = (learning_rate * torch.sqrt(1.0 - beta2**t) / (1.0 - beta1**t)).float()
+            updates = torch.full_like(updates, math.inf)
+        moments = [self.moments(parameter) for parameter in parameters]
+        torch._fused_adam_(
+            parameters,
+            gradients,
+            [m for m, _ in moments],
+            [v for _, v in moments],
+            [],
+            [updates] * len(moments),
+            lr=rate,
+            beta1=beta1,
+            beta2=beta2,
+            weight_decay=0.0,
+            eps=self.config.epsilon,
+            amsgrad=False,
+            maximize=False,
+            grad_scale=None,
+            found_inf=self.skipped.float(),
+        )
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+        """One update of every parameter that has a gradient, at the rate in `param_groups`."""
+        if closure is not None:
+            raise ValueError("Adam.step takes no closure: run backward first")
+        parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
+        gradients = [p.grad for p in parameters]
+        self.guard(gradients)
+        self.update(parameters, gradients, self.param_groups[0]["lr"])
