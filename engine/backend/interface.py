@@ -1,0 +1,100 @@
+"""What runs backward and the optimizer step. Two implementations, one meaning: `deepspeed` and `plain`.
+
+Shared policy. In bf16, every floating parameter of the module is a bf16 working copy of an fp32 master, batch norm's
+scale and shift included (their buffers and arithmetic stay fp32); gradients come out of backward in bf16, are averaged
+over the ranks in fp32, and Adam moves the masters. In fp32 there is one copy of everything. A loss or a gradient that is
+not finite on any rank skips the step on every rank.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from vatt.engine.config import ConfigError, RunConfig
+
+
+class StepOutcome(NamedTuple):
+    """What a step did, as device tensors: reading them makes the host wait, so read them when logging."""
+
+    gradient_norm: Tensor  # fp32 scalar: norm of the averaged gradient of all parameters, not finite if skipped
+    skipped: Tensor  # bool scalar: nothing was changed, because the loss or a gradient was not finite
+
+
+class Backend(Protocol):
+    """Owns the module from its making on; every forward goes through `module`."""
+
+    module: nn.Module
+
+    def backward(self, loss: Tensor) -> None:
+        """Gradients of `loss`, a scalar that is the same on every rank."""
+
+    def step(self, learning_rate: float) -> StepOutcome:
+        """Average the gradients over the ranks, update the parameters, drop the gradients. Collective."""
+
+    def gather_state(self) -> dict[str, Tensor] | None:
+        """All that a resumed run needs, on rank 0, and None elsewhere. Collective.
+
+        CPU copies under names that know neither rank nor backend: "model/<name>" (fp32 masters, frozen parameters and
+        buffers), "adam/m/<name>" and "adam/v/<name>" (fp32), "adam/step" (int64 scalar, updates made so far).
+        """
+
+    def load_state(self, state: Mapping[str, Tensor]) -> None:
+        """Undo everything since `gather_state` made `state`: its exact inverse. Every rank passes it. Collective.
+
+        Raises ValueError naming the first tensor that is missing, left over or of another shape.
+        """
+
+
+def make_backend(model: nn.Module, config: RunConfig, *, rank: int, world_size: int, device: torch.device) -> Backend:
+    """The backend `config.backend.name` names, around `model` (fp32, the same on every rank); the model is moved and cast.
+
+    Raises ConfigError for a batch that the ranks cannot share evenly and for combinations a backend cannot serve.
+    """
+    if config.batch_size % world_size:
+        raise ConfigError(
+            f"batch_size: {config.batch_size} clips do not divide over {world_size} ranks; use a multiple of {world_size}"
+        )
+    if config.backend.name == "deepspeed":
+        from vatt.engine.backend.deepspeed import DeepSpeedBackend
+
+        return DeepSpeedBackend(model, config, rank=rank, world_size=world_size, device=device)
+    from vatt.engine.backend.plain import PlainBackend
+
+    return PlainBackend(model, config, rank=rank, world_size=world_size, device=device)
+
+
+def poisoned_unless_finite(loss: Tensor) -> Tensor:
+    """`loss`, whose gradient is NaN everywhere if it is not finite itself, so that the optimizer's guard sees it."""
+    return loss * torch.where(torch.isfinite(loss.detach()), 1.0, math.nan)
+
+
+def check_state(state: Mapping[str, Tensor], shapes: Mapping[str, torch.Size]) -> None:
+    """Raise ValueError unless `state` holds exactly the tensors of `shapes`."""
+    remedy = "the state was saved by a run of another model"
+    for name, shape in shapes.items():
+        if name not in state:
+            raise ValueError(f"{name}: missing from the saved state; {remedy}")
+        if state[name].shape != shape:
+            raise ValueError(f"{name}: saved with shape {tuple(state[name].shape)}, needed {tuple(shape)}; {remedy}")
+    for name in state:
+        if name not in shapes:
+            raise ValueError(f"{name}: in the saved state, unknown to this model; {remedy}")
+
+
+def state_shapes(parameters: Mapping[str, torch.Size], moving: Mapping[str, object], buffers: Mapping[str, Tensor]) -> dict:
+    """Names and shapes of a saved state, from the shapes of all parameters, the trainable ones' names, and the buffers."""
+    shapes = {f"model/{name}": shape for name, shape in parameters.items()}
+    shapes |= {f"model/{name}": buffer.shape for name, buffer in buffers.items()}
+    shapes |= {f"adam/{moment}/{name}": parameters[name] for moment in "mv" for name in moving}
+    return shapes | {"adam/step": torch.Size()}
+
+
+def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """The model's persistent buffers by name (the same objects, not copies)."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
