@@ -43,12 +43,12 @@ class Command:
 
 
 def doctor(args: argparse.Namespace) -> int:
-    from vatt.engine.doctor import examine, show
+    from vatt.engine.doctor import examine, healthy, show
 
     rows = examine()
     print(show(rows))
     _write_rows(args.json, rows)
-    return SUCCESS
+    return SUCCESS if healthy(rows) else FAILED
 
 
 def config_show(args: argparse.Namespace) -> int:
@@ -149,7 +149,9 @@ def _count(text: str) -> int:
 
 COMMANDS = (
     Command("doctor", "what this machine can run, and a remedy for what it cannot", "vatt doctor", doctor, _json),
-    Command("config show", "a configuration, resolved", "vatt config show pretrain/lbs --batch_size 512", config_show, _config, True),
+    Command(
+        "config show", "a configuration, resolved", "vatt config show pretrain/lbs --batch_size 512", config_show, _config, True
+    ),
     Command("config reference", "every setting: key, type, default, meaning", "vatt config reference", config_reference, _json),
     Command(
         "data sample-world",
@@ -158,7 +160,9 @@ COMMANDS = (
         data_sample_world,
         _sample_world,
     ),
-    Command("data check", "every problem of a catalogue, by line", "vatt data check runs/world/train.jsonl", data_check, _catalogue),
+    Command(
+        "data check", "every problem of a catalogue, by line", "vatt data check runs/world/train.jsonl", data_check, _catalogue
+    ),
     Command(
         "pretrain",
         "pre-train; the same command works alone, under deepspeed and under torchrun",
@@ -232,7 +236,9 @@ def take_overrides(arguments: Sequence[str]) -> tuple[list[str], list[str]]:
     Whether a key exists is for `config_file` to say: it knows the nearest one. Only commands that take overrides
     are treated so; elsewhere an unknown flag stays argparse's to refuse.
     """
-    start = next((end for command in COMMANDS if command.overrides and (end := _end_of(command.name, arguments))), len(arguments))
+    start = next(
+        (end for command in COMMANDS if command.overrides and (end := _end_of(command.name, arguments))), len(arguments)
+    )
     plain, overrides, rest = list(arguments[:start]), [], list(arguments[start:])
     while rest:
         argument = rest.pop(0)
