@@ -16,7 +16,7 @@ import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, fields, is_dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, Literal, cast, get_args, get_origin, get_type_hints
 
 from vatt.engine.config import ConfigError, DataConfig, RunConfig
 
@@ -95,6 +95,11 @@ def load_run(path_or_recipe: str | Path, overrides: Sequence[str] = ()) -> RunCo
     except ConfigError as problem:
         key = str(problem).split(":")[0]
         raise ConfigError(f"command line: --{problem}" if key in changed else f"{path}: {problem}") from None
+
+
+def from_tree(tree: Mapping[str, Any]) -> RunConfig:
+    """The run described by nested plain values, as JSON holds them (`dataclasses.asdict` of a run). Raises ConfigError."""
+    return cast(RunConfig, _build("", dict(_flat(tree, ""))))
 
 
 def find_config(path_or_recipe: str) -> Path:

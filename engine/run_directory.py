@@ -300,7 +300,7 @@ class WeightsAndBiases:
             import wandb
         except ImportError:
             raise ConfigError(
-                f"log.wandb: project {config.log.wandb!r} is named and wandb is not installed; pip install wandb, or leave it empty"
+                f"log.wandb: project {config.log.wandb!r} is named and wandb is not installed: pip install wandb"
             ) from None
         name = folder / "wandb_id.txt"
         if not name.exists():
