@@ -18,7 +18,8 @@ from pathlib import Path
 from typing import NoReturn
 
 SUCCESS, FAILED, BAD_INPUT, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
-EXIT_CODES = "exit codes: 0 success, 1 failed, 2 bad usage or input,\n75 interrupted and saved (the same command resumes), 130 interrupted"
+EXIT_CODES = """exit codes: 0 success, 1 failed, 2 bad usage or input,
+75 interrupted and saved (the same command resumes), 130 interrupted"""
 
 Row = dict[str, object]
 
