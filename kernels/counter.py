@@ -37,6 +37,14 @@ class Stream(IntEnum):
     KEEP_VIDEO = 7
     KEEP_AUDIO = 8
     INITIALISATION = 9
+    # The sample world (engine.data.sample_world): which combination, the scene, its texture, its sound, its noise, its words.
+    WORLD_COMBINATION = 64
+    WORLD_SCENE = 65
+    WORLD_TEXTURE = 66
+    WORLD_SOUND = 67
+    WORLD_NOISE = 68
+    WORLD_WORDS = 69
+    WORLD_CONTROL = 70
     # Dropout sites take the values from here upwards, one per site and layer (see engine.transformer).
     DROPOUT = 1024
 
