@@ -17,20 +17,16 @@ import numpy as np
 
 from vatt.engine.config import AugmentConfig
 from vatt.engine.data.colour import ColourDraw, jitter
-from vatt.engine.data.resize import Taps, bilinear_taps, centre_crop, resample, resize_frames, shortest_side_taps
+from vatt.engine.data.resize import Taps, bilinear_taps, centre_crop, chunks, resample, resize_frames, shortest_side_taps
 from vatt.kernels import counter
 from vatt.kernels.counter import Stream
 
 __all__ = ["add_audio_noise", "augment_clip", "centre_crop", "draw_box", "draw_colour", "draw_flip", "draw_scale"]
 
 BOX_ATTEMPTS = 100
-# Pixels handled at once: their float planes (3 x 4 bytes a pixel, and a few temporaries) stay in the L2 cache.
-_CHUNK_PIXELS = 1 << 15
 
 
-def augment_clip(
-    frames_THWC: np.ndarray, config: AugmentConfig, size: int, seed: int, step: int, sample_id: int
-) -> np.ndarray:
+def augment_clip(frames_THWC: np.ndarray, config: AugmentConfig, size: int, seed: int, step: int, sample_id: int) -> np.ndarray:
     """uint8 (T, H, W, 3) -> planar uint8 (T, 3, size, size), contiguous.
 
     Raises ValueError if the frames have another shape or dtype.
@@ -45,22 +41,22 @@ def augment_clip(
     if draw_flip(config, *draws):
         columns = columns[::-1]
     colour = draw_colour(config, *draws)
-    # The released code keeps floats after the Inception box and truncates to uint8 after the other resizes.
-    rounding = 0.5 if config.crop == "inception" else 0.0
+    # After the Inception box the released code keeps floats, here rounded once, at the end; after the other resizes it
+    # truncates to uint8 before the colours.
+    rounding = np.float32(0.5 if config.crop == "inception" else 0.0)
 
     out_TCHW = np.empty((len(frames_THWC), 3, size, size), np.uint8)
-    chunk = max(1, _CHUNK_PIXELS // (size * size))
-    for first in range(0, len(frames_THWC), chunk):
-        planes_TCHW = resample(frames_THWC[first : first + chunk], rows, columns)
+    for part in chunks(len(frames_THWC), size * size):
+        planes_TCHW = resample(frames_THWC[part], rows, columns)
         if colour is not None:
             planes_TCHW = np.ascontiguousarray(planes_TCHW)
-            if rounding == 0.0:
+            if not rounding:
                 np.floor(planes_TCHW, out=planes_TCHW)
-            planes_TCHW = jitter(planes_TCHW, colour)
+            jitter(planes_TCHW, colour)
             planes_TCHW += np.float32(0.5)
         elif rounding:
-            planes_TCHW += np.float32(rounding)
-        out_TCHW[first : first + chunk] = planes_TCHW
+            planes_TCHW += rounding
+        out_TCHW[part] = planes_TCHW
     return out_TCHW
 
 

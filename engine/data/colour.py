@@ -82,18 +82,19 @@ def adjust_hue(planes_TCHW: np.ndarray, turns: float) -> None:
     value, spread = (plane[:, 0] for plane in _value_and_range(planes_TCHW))
     smallest = value - spread
     inverse = np.float32(1.0) / np.maximum(spread, _TINY)
-    hue = np.where(
-        red == value,
-        (green - blue) * inverse,
-        np.where(green == value, (blue - red) * inverse + np.float32(2.0), (red - green) * inverse + np.float32(4.0)),
-    )
+    hue = (red - green) * inverse + np.float32(4.0)
+    np.copyto(hue, (blue - red) * inverse + np.float32(2.0), where=green == value)
+    np.copyto(hue, (green - blue) * inverse, where=red == value)
     hue += np.float32(6.0 * turns)
     hue -= np.float32(6.0) * np.floor(hue * np.float32(1.0 / 6.0))
-    for plane, own in ((red, 3.0), (green, 2.0), (blue, 4.0)):
-        np.subtract(hue, np.float32(own), out=plane)
+    # Red's own hue lies on the seam, so its distance is taken as 3 minus the distance from the opposite hue.
+    for plane, origin in ((red, 3.0), (green, 2.0), (blue, 4.0)):
+        np.subtract(hue, np.float32(origin), out=plane)
         np.abs(plane, out=plane)
-        # Red's own hue lies on the seam, so its distance is 3 minus the distance from the opposite hue, 3.
-        np.subtract(plane, np.float32(1.0), out=plane) if own == 3.0 else np.subtract(np.float32(2.0), plane, out=plane)
+        if plane is red:
+            plane -= np.float32(1.0)
+        else:
+            np.subtract(np.float32(2.0), plane, out=plane)
         np.clip(plane, 0.0, 1.0, out=plane)
         plane *= spread
         plane += smallest

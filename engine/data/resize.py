@@ -12,9 +12,14 @@ A crop is a choice of output pixels, so crops, and the horizontal flip, are made
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
+
+# Pixels handled at once. Small enough for the temporaries to stay in cache, and below the size from which the C library
+# hands freed memory back to the system: for small frames the page faults that causes cost more than the arithmetic.
+_CHUNK_PIXELS = 1 << 13
 
 
 @dataclass(frozen=True)
@@ -46,6 +51,12 @@ def bilinear_taps(extent: int, count: int) -> Taps:
     return Taps(low, high, centre - floor)
 
 
+def chunks(frames: int, pixels: int) -> Iterator[slice]:
+    """Slices of a clip of frames of `pixels` pixels, each about _CHUNK_PIXELS or one frame."""
+    step = max(1, _CHUNK_PIXELS // pixels)
+    return (slice(first, first + step) for first in range(0, frames, step))
+
+
 def resample(frames_THWC: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     """Bilinear samples as planar float32 (T, 3, h, w), in the units of `frames_THWC` (uint8 or float)."""
     top, bottom = rows.low.min(), rows.high.max() + 1
@@ -55,9 +66,8 @@ def resample(frames_THWC: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     colour = np.arange(3)[:, None]
     low_Cw = (3 * (columns.low - left) + colour).reshape(-1)
     high_Cw = (3 * (columns.high - left) + colour).reshape(-1)
-    wide_THX = _mix(source_THX.take(low_Cw, axis=2), source_THX.take(high_Cw, axis=2), np.tile(columns.weight, 3))
-    low, high = wide_THX.take(rows.low - top, axis=1), wide_THX.take(rows.high - top, axis=1)
-    planes = _mix(low, high, rows.weight[:, None])
+    wide_THX = _mix(source_THX[:, :, low_Cw], source_THX[:, :, high_Cw], np.tile(columns.weight, 3))
+    planes = _mix(wide_THX[:, rows.low - top], wide_THX[:, rows.high - top], rows.weight[:, None])
     return planes.reshape(len(planes), len(rows), 3, len(columns)).transpose(0, 2, 1, 3)
 
 
@@ -74,8 +84,11 @@ def resize_frames(frames_THWC: np.ndarray, height: int, width: int) -> np.ndarra
     if frames_THWC.shape[1:3] == (height, width):
         return frames_THWC
     _, rows, columns, _ = frames_THWC.shape
-    planes = resample(frames_THWC, bilinear_taps(rows, height), bilinear_taps(columns, width))
-    return planes.transpose(0, 2, 3, 1).astype(np.uint8, order="C")
+    taps = bilinear_taps(rows, height), bilinear_taps(columns, width)
+    out_THWC = np.empty((len(frames_THWC), height, width, 3), np.uint8)
+    for part in chunks(len(frames_THWC), max(rows * columns, height * width)):
+        out_THWC[part] = resample(frames_THWC[part], *taps).transpose(0, 2, 3, 1)
+    return out_THWC
 
 
 def shortest_side(height: int, width: int, size: int) -> tuple[int, int]:
@@ -97,7 +110,11 @@ def centre_crop(frames_THWC: np.ndarray, size: int) -> np.ndarray:
     """Evaluation: shortest side to `size`, then the central square. uint8 (T, H, W, 3) -> planar uint8 (T, 3, size, size)."""
     rows, columns = shortest_side_taps(frames_THWC, size)
     top, left = (len(rows) - size) // 2, (len(columns) - size) // 2
-    return resample(frames_THWC, rows[top : top + size], columns[left : left + size]).astype(np.uint8, order="C")
+    rows, columns = rows[top : top + size], columns[left : left + size]
+    out_TCHW = np.empty((len(frames_THWC), 3, size, size), np.uint8)
+    for part in chunks(len(frames_THWC), size * size):
+        out_TCHW[part] = resample(frames_THWC[part], rows, columns)
+    return out_TCHW
 
 
 def shortest_side_taps(frames_THWC: np.ndarray, size: int) -> tuple[Taps, Taps]:
