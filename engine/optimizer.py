@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -40,7 +40,7 @@ def trainable(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-class Adam(torch.optim.Optimizer):
+class Adam:
     """Adam (Kingma and Ba, 2015) that leaves weights, moments and step count alone when a gradient is not finite.
 
     With m and v the moments after the update and t the number of updates so far, the two forms differ in epsilon only:
@@ -55,13 +55,17 @@ class Adam(torch.optim.Optimizer):
     the squared norm is summed over the ranks: a NaN anywhere then reaches all of them in that one number. Every call of
     `step` makes its own decision, so all parameters must be updated by one call.
 
+    It has the attributes of a torch.optim.Optimizer (`param_groups` with `lr`, `state`, `step`, `zero_grad`) but is none:
+    making one imports torch's compiler, which takes longer (1.7 s) than the first steps of a small run.
+
     After `step` or `guard`: `gradient_norm` (fp32 scalar) and `skipped` (bool scalar), both on the device.
     """
 
     def __init__(self, parameters: Iterable[Tensor], config: OptimizerConfig, *, partitioned: bool = False):
-        super().__init__(parameters, {"lr": config.learning_rate})
         self.config = config
         self.partitioned = partitioned
+        self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": config.learning_rate}]
+        self.state: dict[Tensor, dict[str, Tensor]] = {}
         first = self.param_groups[0]["params"][0]
         self.updates = torch.zeros((), dtype=torch.float32, device=first.device)  # t; exact to 2^24
         self.gradient_norm = torch.zeros((), dtype=torch.float32, device=first.device)
@@ -69,10 +73,9 @@ class Adam(torch.optim.Optimizer):
 
     def moments(self, parameter: Tensor) -> tuple[Tensor, Tensor]:
         """First and second moment of a parameter; zeros until its first update."""
+        if parameter not in self.state:
+            self.state[parameter] = {moment: torch.zeros_like(parameter, requires_grad=False) for moment in "mv"}
         state = self.state[parameter]
-        if not state:
-            state["m"] = torch.zeros_like(parameter, dtype=torch.float32, memory_format=torch.contiguous_format)
-            state["v"] = torch.zeros_like(state["m"])
         return state["m"], state["v"]
 
     @torch.no_grad()
@@ -117,11 +120,15 @@ class Adam(torch.optim.Optimizer):
         )
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], Any] | None = None) -> None:  # type: ignore[override]
+    def step(self) -> None:
         """One update of every parameter that has a gradient, at the rate in `param_groups`."""
-        if closure is not None:
-            raise ValueError("Adam.step takes no closure: run backward first")
         parameters = [p for group in self.param_groups for p in group["params"] if p.grad is not None]
         gradients = [p.grad for p in parameters]
         self.guard(gradients)
         self.update(parameters, gradients, self.param_groups[0]["lr"])
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """Drop the gradients."""
+        for group in self.param_groups:
+            for parameter in group["params"]:
+                parameter.grad = None
