@@ -24,6 +24,7 @@ class Container:
     video: str
     video_options: dict[str, str]
     audio: str
+    audio_options: dict[str, str]
     audio_bits_per_s: int
 
 
@@ -34,12 +35,15 @@ CONTAINERS = {
         video="libx264",
         video_options={"preset": "veryfast", "tune": "fastdecode", "crf": "17", "g": "10", "bf": "0"},
         audio="aac",
+        # The other search, FFmpeg's default, takes several times as long and sounds the same at this rate.
+        audio_options={"aac_coder": "fast"},
         audio_bits_per_s=96000,
     ),
     "webm": Container(
         video="libvpx-vp9",
         video_options={"deadline": "realtime", "cpu-used": "8", "crf": "20", "b": "0", "g": "10", "lag-in-frames": "0"},
         audio="libopus",
+        audio_options={},
         audio_bits_per_s=64000,
     ),
 }
@@ -75,7 +79,8 @@ def write_clip(path: Path, container: str, frames: np.ndarray, fps: int, audio: 
         sound = None
         if audio is not None:
             layout = "mono" if audio.shape[0] == 1 else "stereo"
-            sound = output.add_stream(codecs.audio, rate=rate, layout=layout, options={"flags": "+bitexact"})
+            options = {**codecs.audio_options, "flags": "+bitexact"}
+            sound = output.add_stream(codecs.audio, rate=rate, layout=layout, options=options)
             sound.bit_rate = codecs.audio_bits_per_s
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")

@@ -143,7 +143,7 @@ def _claim(out: Path, parameters: dict[str, int | str]) -> None:
             raise ConfigError(f"{note}: not readable as JSON ({error}); choose another folder, or remove this one") from None
         if found != parameters:
             there = found if isinstance(found, dict) else {}
-            differs = [f"{key} {there.get(key)} there, {value} asked" for key, value in parameters.items() if there.get(key) != value]
+            differs = [f"{key} {there.get(key)} not {asked}" for key, asked in parameters.items() if there.get(key) != asked]
             remedy = "choose another folder, or remove this one"
             raise ConfigError(f"{out}: holds another sample world ({'; '.join(differs) or 'unknown keys'}); {remedy}")
     else:
