@@ -20,6 +20,7 @@ from vatt.engine.randomness import Draws, Dropout, Modality
 from vatt.engine.text_encoder import PADDING, LinearText, TextEncoder, padding_bias
 from vatt.engine.tokens import AudioTokens, PatchTokens, PositionBuckets, VideoTokens, prepend_aggregate
 from vatt.engine.transformer import Encoder
+from vatt.kernels.linear import Linear
 
 
 @dataclass
@@ -70,7 +71,7 @@ class GeluLinear(nn.Sequential):
     """Linear, then exact GELU."""
 
     def __init__(self, inputs: int, outputs: int) -> None:
-        super().__init__(nn.Linear(inputs, outputs), nn.GELU())
+        super().__init__(Linear(inputs, outputs), nn.GELU())
 
 
 class SharedSignalTower(nn.Module):

@@ -15,6 +15,7 @@ from vatt.engine.config import TextConfig
 from vatt.engine.randomness import Draws, Dropout
 from vatt.engine.tokens import LAYER_NORM_EPSILON, prepend_aggregate
 from vatt.engine.transformer import Attention, FeedForward
+from vatt.kernels.linear import Linear
 
 PADDING = 0
 MASKED_SCORE = -1e9
@@ -91,7 +92,7 @@ class TextEncoder(nn.Module):
         super().__init__()
         self.words = nn.Embedding(config.vocabulary, config.word_width)
         self.aggregate = nn.Parameter(torch.empty(config.word_width))
-        self.projection = nn.Linear(config.word_width, config.width, bias=False)
+        self.projection = Linear(config.word_width, config.width, bias=False)
         self.embedding_dropout = Dropout(dropout, "embedding")
         self.relative_bias = RelativeBias(config.relative_buckets, config.relative_distance, config.heads)
         self.blocks = nn.ModuleList(TextBlock(config, i, dropout, attention_dropout) for i in range(config.layers))
@@ -117,7 +118,7 @@ class LinearText(nn.Module):
     def __init__(self, config: TextConfig) -> None:
         super().__init__()
         self.words = nn.Embedding(config.vocabulary, config.word_width)
-        self.projection = nn.Linear(config.word_width, config.linear_width)
+        self.projection = Linear(config.word_width, config.linear_width)
 
     def forward(self, ids_RL: Tensor, draws: Draws | None = None) -> Tensor:
         """(R, linear_width)."""

@@ -12,6 +12,8 @@ from vatt.engine.config import EncoderConfig
 from vatt.engine.randomness import Draws, Dropout
 from vatt.engine.tokens import LAYER_NORM_EPSILON
 from vatt.kernels.attention import attention
+from vatt.kernels.capability import widens
+from vatt.kernels.linear import Linear
 
 
 class Attention(nn.Module):
@@ -23,8 +25,8 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig, layer: int, attention_dropout: float, *, bias: bool, scale: float) -> None:
         super().__init__()
         self.heads, self.scale = config.heads, scale
-        self.qkv = nn.Linear(config.width, 3 * config.width, bias=bias)
-        self.out = nn.Linear(config.width, config.width, bias=bias)
+        self.qkv = Linear(config.width, 3 * config.width, bias=bias)
+        self.out = Linear(config.width, config.width, bias=bias)
         self.weight_dropout = Dropout(attention_dropout, "attention_weights", layer)
 
     def forward(self, x_BND: Tensor, draws: Draws | None, score_bias: Tensor | None = None) -> Tensor:
@@ -38,10 +40,13 @@ class Attention(nn.Module):
 
     def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, draws: Draws | None, score_bias: Tensor | None) -> Tensor:
         """Attention with its weights held in memory, so that the counter's mask can be applied to them."""
+        dtype = q.dtype
+        if widens(q):
+            q, k, v = q.float(), k.float(), v.float()
         scores = (q @ k.transpose(-2, -1)).float() * self.scale
         if score_bias is not None:
             scores = scores + score_bias
-        return self.weight_dropout(scores.softmax(-1).to(v.dtype), draws) @ v
+        return (self.weight_dropout(scores.softmax(-1).to(v.dtype), draws) @ v).to(dtype)
 
 
 class FeedForward(nn.Module):
@@ -49,9 +54,9 @@ class FeedForward(nn.Module):
 
     def __init__(self, config: EncoderConfig, layer: int, dropout: float, *, bias: bool) -> None:
         super().__init__()
-        self.up = nn.Linear(config.width, config.hidden, bias=bias)
+        self.up = Linear(config.width, config.hidden, bias=bias)
         self.dropout = Dropout(dropout, "hidden", layer)
-        self.down = nn.Linear(config.hidden, config.width, bias=bias)
+        self.down = Linear(config.hidden, config.width, bias=bias)
 
     def forward(self, x_BND: Tensor, draws: Draws | None) -> Tensor:
         return self.down(self.dropout(F.gelu(self.up(x_BND)), draws))

@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vatt.kernels.linear import linear
+
 
 def read_video_patches(video_BTCHW: Tensor, patch: tuple[int, int, int], grid: tuple[int, int, int], index_BK: Tensor | None) -> Tensor:
     """(B, K, F) patches in [-1, 1]: float32 from uint8 frames, else in the frames' own dtype.
@@ -49,7 +51,7 @@ def patch_project_reference(
     patches_BKF: Tensor, weight_DF: Tensor, bias_D: Tensor, position_ND: Tensor | None, index_BK: Tensor | None
 ) -> Tensor:
     """(B, K, D) tokens: patches W^T + b, plus the position of each patch that was read."""
-    tokens_BKD = F.linear(patches_BKF.to(weight_DF.dtype), weight_DF, bias_D)
+    tokens_BKD = linear(patches_BKF.to(weight_DF.dtype), weight_DF, bias_D)
     if position_ND is None:
         return tokens_BKD
     return tokens_BKD + (position_ND if index_BK is None else position_ND[index_BK])
