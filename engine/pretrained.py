@@ -102,7 +102,7 @@ def load_trained(path: Path | str) -> Trained:
         model = from_pretrained(path)
         return Trained(model, model.config, _read_words(path / WORDS))
     raise CheckpointError(
-        f"{path}: neither a run directory (no checkpoints/), nor a checkpoint (no {MANIFEST}), nor exported weights (no {CONFIG})"
+        f"{path}: neither a run directory (no checkpoints/), nor a checkpoint (no {MANIFEST}), nor an export (no {CONFIG})"
     )
 
 

@@ -12,7 +12,7 @@ CLEAR_LINE = "\r\x1b[2K"
 
 
 class Progress:
-    """Progress of `steps` steps, counted from `first` (a resumed run does not start at 0).
+    """Progress of `steps` steps (or whatever `noun` says), counted from `first` (a resumed run does not start at 0).
 
     On a terminal the line is redrawn in place. Elsewhere a line is printed for the first report, the last, and at most
     every `interval` seconds between them, so that a log of a week stays readable.
@@ -22,11 +22,13 @@ class Progress:
         self,
         steps: int,
         first: int = 0,
+        *,
+        noun: str = "step",
         stream: TextIO | None = None,
         interval: float = 10.0,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
-        self.steps, self.first, self.interval, self.clock = steps, first, interval, clock
+        self.steps, self.first, self.noun, self.interval, self.clock = steps, first, noun, interval, clock
         self.stream = stream or sys.stderr
         self.live = self.stream.isatty()
         self.started = clock()
@@ -62,11 +64,11 @@ class Progress:
 
     def _text(self, line: Mapping[str, Any]) -> str:
         step = line["step"]
-        parts = [f"step {step}/{self.steps}"]
+        parts = [f"{self.noun} {step}/{self.steps}"]
         shown = (
             ("loss", "loss {:.4f}"),
-            ("video_audio", "video-audio {:.3f}"),
-            ("video_text", "video-text {:.3f}"),
+            ("loss_video_audio", "video-audio {:.3f}"),
+            ("loss_video_text", "video-text {:.3f}"),
             ("learning_rate", "lr {:.2e}"),
             ("samples_per_s", "{:.1f} clips/s"),
             ("tflops", "{:.3g} TFLOP/s"),
@@ -76,8 +78,8 @@ class Progress:
         for key, form in shown:
             if isinstance(line.get(key), (int, float)):
                 parts.append(form.format(line[key]))
-        if line.get("skipped"):
-            parts.append(f"{line['skipped']} skipped")
+        if line.get("skipped_steps"):
+            parts.append(f"{line['skipped_steps']} skipped")
         done = step - self.first
         if done > 0 and step < self.steps:
             parts.append("left " + duration((self.clock() - self.started) / done * (self.steps - step)))

@@ -77,7 +77,10 @@ class RunDirectory:
         replace_file(self.path / "config.toml", to_toml(config))
 
     def start(self, step: int, *, world_size: int = 1, device: str = "cpu") -> None:
-        """Begin logging after `step` finished steps; whatever an earlier start logged beyond them is dropped."""
+        """Begin logging after `step` finished steps; whatever an earlier start logged beyond them is dropped.
+
+        device: its name, for the record.
+        """
         self._record_start(step, world_size, device)
         trim_metrics(self.metrics, step)
         self._metrics_file = open(self.metrics, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
@@ -158,7 +161,7 @@ class RunDirectory:
         if self.resumed and self.environment.exists():
             starts = read_json(self.environment).get("starts", [])
         now = datetime.now(UTC).isoformat(timespec="seconds")
-        starts.append({"time": now, "step": step, "world_size": world_size, "device": device_name(device)})
+        starts.append({"time": now, "step": step, "world_size": world_size, "device": device})
         replace_file(self.environment, json.dumps(describe_environment() | {"starts": starts}, indent=1) + "\n")
 
     def _open_tensorboard(self, step: int) -> None:
@@ -230,15 +233,6 @@ def describe_environment() -> dict[str, Any]:
         "cpu": _cpu_name(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
     }
-
-
-def device_name(device: str) -> str:
-    """'cpu', or the name of the GPU."""
-    if not str(device).startswith("cuda"):
-        return str(device)
-    import torch
-
-    return torch.cuda.get_device_name(device)
 
 
 def _cpu_name() -> str:
