@@ -235,7 +235,8 @@ def _unknown(key: str, known: Mapping[str, Any] = OPTIONS) -> str:
 
 def nearest(key: str, known: Mapping[str, Any] = OPTIONS) -> str:
     """The known dotted name most like `key`."""
-    return max(filter(None, known), key=lambda name: difflib.SequenceMatcher(None, key, name, autojunk=False).ratio())
+    names = [name for name in known if name]
+    return (difflib.get_close_matches(key, names, n=1, cutoff=0.6) or difflib.get_close_matches(key, names, n=1, cutoff=0.0))[0]
 
 
 _MISFIT = object()  # None cannot say it: a value that does not fit must never look like a setting
