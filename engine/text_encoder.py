@@ -22,15 +22,15 @@ MASKED_SCORE = -1e9
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean, no bias; computed in fp32."""
+    """x / sqrt(mean(x^2) + eps) * weight: no mean, no bias; computed in at least fp32."""
 
     def __init__(self, width: int) -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
     def forward(self, x: Tensor) -> Tensor:
-        x32 = x.float()
-        return (x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)).to(x.dtype) * self.weight
+        exact = x.to(torch.promote_types(x.dtype, torch.float32))
+        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)).to(x.dtype) * self.weight
 
 
 def relative_bucket(offset: Tensor, buckets: int, max_distance: int) -> Tensor:

@@ -5,6 +5,7 @@ B = samples, N = tokens with AGG, D = width, H = heads, E = features of a head.
 
 from __future__ import annotations
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -43,7 +44,7 @@ class Attention(nn.Module):
         dtype = q.dtype
         if widens(q):
             q, k, v = q.float(), k.float(), v.float()
-        scores = (q @ k.transpose(-2, -1)).float() * self.scale
+        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
         if score_bias is not None:
             scores = scores + score_bias
         return (self.weight_dropout(scores.softmax(-1).to(v.dtype), draws) @ v).to(dtype)
