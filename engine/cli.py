@@ -78,9 +78,14 @@ def data_check(args: argparse.Namespace) -> int:
     from vatt.engine.data.catalogue import Catalogue
 
     catalogue = Catalogue.read(args.catalogue)
-    with_text = sum(bool(clip.captions) for clip in catalogue)
-    print(f"{args.catalogue}: {len(catalogue)} clips, {with_text} with captions; every row is well-formed")
-    return SUCCESS
+    absent = [
+        f"{args.catalogue}:{clip.row}: clip {clip.id!r}: a file is missing: {', '.join(clip.files)}"
+        for clip in catalogue.absent()
+    ]
+    print(
+        "\n".join([*absent, f"{args.catalogue}: {len(catalogue)} well-formed rows, {len(absent)} of them with a missing file"])
+    )
+    return BAD_INPUT if absent else SUCCESS
 
 
 def pretrain(args: argparse.Namespace) -> int:

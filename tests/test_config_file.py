@@ -2,17 +2,29 @@
 
 from __future__ import annotations
 
+import json
 import random
 import re
 import tomllib
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Literal, get_args, get_origin
 
 import pytest
 
 from vatt.engine.config import ConfigError, ModelConfig, RunConfig, TextConfig, VideoConfig
-from vatt.engine.config_file import OPTIONS, SECTIONS, expected, load_run, nearest, recipes, reference, reference_rows, to_toml
+from vatt.engine.config_file import (
+    OPTIONS,
+    SECTIONS,
+    expected,
+    from_tree,
+    load_run,
+    nearest,
+    recipes,
+    reference,
+    reference_rows,
+    to_toml,
+)
 
 RECIPES = recipes()
 LETTERS = "abcdefghijklmnopqrstuvwxyz_"
@@ -406,6 +418,15 @@ def test_everything_is_written_and_reads_back_equal(tmp_path):
 
     walk(tomllib.loads(text), "")
     assert list(flat) == list(OPTIONS), "complete, in the order of the records"
+
+
+def test_tables_from_elsewhere_are_checked_the_same():
+    run = load_run("pretrain/lbs")
+    assert from_tree(json.loads(json.dumps(asdict(run)))) == run
+    with pytest.raises(ConfigError, match=r"^model\.video\.pacth: unknown key; the nearest is model\.video\.patch$"):
+        from_tree({"model": {"video": {"pacth": [4, 16, 16]}}})
+    with pytest.raises(ConfigError, match=r"^model\.video\.heads: width 768"):
+        from_tree({"model": {"video": {"heads": 5}}})
 
 
 def test_the_reference_explains_every_setting():
