@@ -12,6 +12,7 @@ import multiprocessing
 import os
 import signal
 import sys
+import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -162,9 +163,9 @@ def _made(jobs: list[Job], workers: int | None) -> Iterator[Path]:
     if workers <= 1:
         yield from map(make_clip, jobs)
         return
-    # spawn, as a fork of a process that has started threads can hang. Ctrl-C is the parent's to handle.
+    # spawn, as a fork of a process that has started threads can hang.
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=_ignore_interrupt) as pool:
+    with ProcessPoolExecutor(workers, mp_context=context, initializer=_follow_parent) as pool:
         try:
             yield from pool.map(make_clip, jobs, chunksize=4)
         except BaseException:
@@ -172,8 +173,17 @@ def _made(jobs: list[Job], workers: int | None) -> Iterator[Path]:
             raise
 
 
-def _ignore_interrupt() -> None:
+def _follow_parent() -> None:
+    """In a worker: Ctrl-C is the parent's to handle, and a parent that was killed takes its workers with it."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "only called in a worker process"
+
+    def leave_with_parent() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=leave_with_parent, daemon=True).start()
 
 
 def _row(job: Job, out: Path) -> dict[str, object]:
