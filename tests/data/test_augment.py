@@ -8,7 +8,7 @@ import pytest
 from vatt.engine.config import AugmentConfig
 from vatt.engine.data import augment, colour
 from vatt.engine.data.augment import add_audio_noise, augment_clip, centre_crop
-from vatt.engine.data.resize import shortest_side
+from vatt.engine.data.resize import resize_frames, shortest_side
 from vatt.kernels import counter
 from vatt.kernels.counter import Stream
 
@@ -214,6 +214,26 @@ def test_scale_jitter_changes_the_aspect():
         shown_rows, shown_columns = rows.max() - rows.min(), columns.max() - columns.min()
         assert abs(shown_rows - 100 * min(1, width / height)) < 4
         assert abs(shown_columns - 100 * min(1, height / width)) < 4
+
+
+def test_scale_jitter_is_two_truncating_resizes_and_a_crop():
+    """As released: each resize goes back to uint8. The result is one window of the frame resized twice."""
+    frames = noise(2, 37, 53)
+    config = replace(PLAIN, crop="scale_jitter", scale_jitter_probability=1.0)
+    windows = set()
+    for sample in range(8):
+        height, width = (int(side * f) for side, f in zip((37, 53), augment.draw_scale(config, 0, 0, sample), strict=True))
+        twice = resize_frames(resize_frames(frames, height, width), *shortest_side(height, width, 24)).transpose(0, 3, 1, 2)
+        out = augment_clip(frames, config, 24, 0, 0, sample)
+        found = [
+            (y, x)
+            for y in range(twice.shape[2] - 23)
+            for x in range(twice.shape[3] - 23)
+            if np.array_equal(out, twice[:, :, y : y + 24, x : x + 24])
+        ]
+        assert len(found) == 1
+        windows.update(found)
+    assert len(windows) > 2
 
 
 def test_centre_is_what_evaluation_sees():

@@ -4,8 +4,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from vatt.engine.data import colour, resize
+from vatt.kernels.patch_project import to_unit_range
 
 GOLDEN = np.load(Path(__file__).parents[1] / "golden" / "data_processing.npz")
 FRAMES = GOLDEN["frames_uint8"]
@@ -60,8 +62,9 @@ def test_inception_box(kind):
 
 
 def test_normalisations():
-    np.testing.assert_allclose(FRAMES / 255.0, GOLDEN["normalize_01"], atol=1e-6)
-    np.testing.assert_allclose(FRAMES / 127.5 - 1.0, GOLDEN["normalize_zero_center"], atol=1e-6)
+    unit = to_unit_range(torch.from_numpy(FRAMES)).numpy()
+    np.testing.assert_allclose(unit, GOLDEN["normalize_zero_center"], atol=1e-6)
+    np.testing.assert_allclose((unit + 1) / 2, GOLDEN["normalize_01"], atol=1e-6)
 
 
 @pytest.mark.parametrize("full_range", [1.0, 255.0])
