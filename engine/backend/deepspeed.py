@@ -7,10 +7,13 @@ tensor of one dtype, and a second group would be a second optimizer step with a 
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -67,9 +70,33 @@ def import_deepspeed(device: torch.device) -> Any:
             "pip install 'vatt-engine[deepspeed]', or set backend.name = \"torch\""
         ) from error
     deepspeed.utils.logger.setLevel(logging.WARNING)
+    # It calls collectives by names that torch 2.13 is retiring, and would say so at every step.
+    retiring = r"`torch\.distributed\.(all_gather_into_tensor|reduce_scatter_tensor)` is deprecated"
+    warnings.filterwarnings("ignore", message=retiring, category=FutureWarning)
     # A shared-memory kernel for inference that it would compile on every machine with a compiler; training has no use for it.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+    # It imports Muon to see that our optimizer is another one, and Muon's file wraps three functions in torch.compile, whose
+    # own import is most of DeepSpeed's start (4 s). Nobody calls them here.
+    with mock.patch.object(torch, "compile", lambda function=None, **_: function or (lambda wrapped: wrapped)):
+        import deepspeed.runtime.zero.muon.muon_optimizer
+    # ZeRO-3 hooks what modules return, to fetch parameters before their backward: show it the tensors in our records.
+    offload = deepspeed.runtime.zero.parameter_offload
+    if not hasattr(offload.apply_to_tensors_only, "sees_records"):
+        offload.apply_to_tensors_only = _seeing_records(offload.apply_to_tensors_only)
     return deepspeed
+
+
+def _seeing_records(apply: Callable[..., Any]) -> Callable[..., Any]:
+    """DeepSpeed's `apply_to_tensors_only(function, value, warning)`, which knows tuples, lists and dicts, for dataclasses too."""
+
+    def applied(function: Callable[[Tensor], Tensor], value: Any, warning_msg_fn: Callable[[Any], str] | None = None) -> Any:
+        if not dataclasses.is_dataclass(value) or isinstance(value, type):
+            return apply(function, value, warning_msg_fn)
+        held = {f.name: applied(function, getattr(value, f.name), warning_msg_fn) for f in dataclasses.fields(value)}
+        return dataclasses.replace(value, **held)
+
+    applied.sees_records = True  # type: ignore[attr-defined]
+    return applied
 
 
 class DeepSpeedBackend:
