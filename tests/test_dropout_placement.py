@@ -15,8 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vatt.engine import randomness
-from vatt.engine.config import AudioConfig, DataConfig, DropRateConfig, EncoderConfig, HeadsConfig, LossConfig
-from vatt.engine.config import ModelConfig, RunConfig, TextConfig, VideoConfig
+from vatt.engine.config import (
+    AudioConfig,
+    DataConfig,
+    DropRateConfig,
+    EncoderConfig,
+    HeadsConfig,
+    LossConfig,
+    ModelConfig,
+    RunConfig,
+    TextConfig,
+    VideoConfig,
+)
 from vatt.engine.data.batch import Batch
 from vatt.engine.loss import contrastive_losses
 from vatt.engine.model import VATT
@@ -226,7 +236,9 @@ def feed_forward(x: Tensor, module: torch.nn.Module, drop: Drop, layer: int) -> 
 def encode(x: Tensor, encoder: torch.nn.Module, bias: Tensor | float, drop: Drop) -> Tensor:
     """Pre-norm blocks, final norm, dropout; the feature of AGG."""
     for i, block in enumerate(encoder.blocks):
-        x = x + drop(attend(layer_norm(x, block.attention_norm), block.attention, 8**-0.5, bias, drop, i), "attention_output", i)
+        x = x + drop(
+            attend(layer_norm(x, block.attention_norm), block.attention, 8**-0.5, bias, drop, i), "attention_output", i
+        )
         x = x + drop(feed_forward(layer_norm(x, block.feed_forward_norm), block.feed_forward, drop, i), "output", i)
     return drop(layer_norm(x, encoder.norm), "final", -1)[:, 0]
 
@@ -283,7 +295,9 @@ def test_towers_written_out_give_the_same_features(kind: str) -> None:
         space = model(batch, Draws.at(3, 5, batch.sample_id))
         expected = expected_features(model, batch, 3, 5)
     for name, features in expected.items():
-        torch.testing.assert_close(getattr(space, f"{name}_features"), features, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}")
+        torch.testing.assert_close(
+            getattr(space, f"{name}_features"), features, rtol=1e-9, atol=1e-9, msg=lambda m, n=name: f"{n}: {m}"
+        )
 
 
 def loss_of(model: VATT, batch: Batch, step: int = 5) -> Tensor:

@@ -10,8 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.engine.config import DataConfig, HeadsConfig, ModelConfig, RunConfig, TextConfig
-from vatt.engine.config import AudioConfig, VideoConfig
+from vatt.engine.config import AudioConfig, DataConfig, HeadsConfig, ModelConfig, RunConfig, TextConfig, VideoConfig
 from vatt.engine.model import VATT
 from vatt.engine.released_names import from_released
 from vatt.engine.text_encoder import RelativeBias, RMSNorm, TextEncoder, padding_bias, relative_bucket

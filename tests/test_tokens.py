@@ -37,7 +37,10 @@ def polyharmonic(table: np.ndarray, count: int) -> np.ndarray:
     linear = np.stack([np.ones(buckets), knots], axis=1)
     system = np.block([[np.abs(knots[:, None] - knots) ** 3, linear], [linear.T, np.zeros((2, 2))]])
     weights = np.linalg.solve(system, np.concatenate([table, np.zeros((2, table.shape[1]))]))
-    return np.abs(queries[:, None] - knots) ** 3 @ weights[:buckets] + np.stack([np.ones(count), queries], axis=1) @ weights[buckets:]
+    return (
+        np.abs(queries[:, None] - knots) ** 3 @ weights[:buckets]
+        + np.stack([np.ones(count), queries], axis=1) @ weights[buckets:]
+    )
 
 
 @pytest.mark.parametrize("buckets", [2, 3, 4, 8, 14, 40])
@@ -132,7 +135,9 @@ def test_a_grid_of_another_rank_is_refused() -> None:
 
 
 def video_tokens(remainder: str = "floor", buckets: tuple[int, int, int] = (2, 3, 4)) -> VideoTokens:
-    module = VideoTokens(VideoConfig(size="custom", layers=1, width=6, heads=1, hidden=6, patch=(2, 4, 4), buckets=buckets), 6, remainder)
+    module = VideoTokens(
+        VideoConfig(size="custom", layers=1, width=6, heads=1, hidden=6, patch=(2, 4, 4), buckets=buckets), 6, remainder
+    )
     with torch.no_grad():
         for p in module.parameters():
             p.normal_()
@@ -185,7 +190,9 @@ def test_positions_of_a_larger_clip_are_resampled() -> None:
     assert tower(video).shape == (1, 24, 6)
 
 
-@pytest.mark.parametrize(("shape", "axis"), [((1, 1, 3, 12, 16), "1, 12, 16"), ((1, 4, 3, 3, 16), "4, 3, 16"), ((1, 4, 3, 12, 3), "4, 12, 3")])
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((1, 1, 3, 12, 16), "1, 12, 16"), ((1, 4, 3, 3, 16), "4, 3, 16"), ((1, 4, 3, 12, 3), "4, 12, 3")]
+)
 def test_an_axis_without_a_patch_is_named(shape: tuple[int, ...], axis: str) -> None:
     with pytest.raises(ConfigError, match=rf"video of size \({axis}\) has no whole patch of \(2, 4, 4\): enlarge the input"):
         video_tokens()(torch.zeros(shape))

@@ -13,7 +13,9 @@ from vatt.kernels.drop_tokens import drop_tokens_reference
 SEED, STEP = torch.tensor(5), torch.tensor(3)
 
 
-def choose(total: int, kept: int, ids: Tensor, *, stream: int = Stream.KEEP_VIDEO, step: int = 3, seed: int = 5, shared: bool = False) -> Tensor:
+def choose(
+    total: int, kept: int, ids: Tensor, *, stream: int = Stream.KEEP_VIDEO, step: int = 3, seed: int = 5, shared: bool = False
+) -> Tensor:
     return drop_tokens_reference(total, kept, torch.tensor(seed), torch.tensor(step), ids, stream, shared=shared)
 
 

@@ -99,7 +99,9 @@ def test_bytes_and_floats_give_the_same_tokens(index: Tensor | None) -> None:
 
 def test_floor_leaves_the_remainder_out() -> None:
     video, audio = frames((1, 5, 3, 19, 23)), torch.rand(1, 37)
-    assert read_video_patches(video, (2, 8, 8), (2, 2, 2), None).equal(read_video_patches(video[:, :4, :, :16, :16], (2, 8, 8), (2, 2, 2), None))
+    assert read_video_patches(video, (2, 8, 8), (2, 2, 2), None).equal(
+        read_video_patches(video[:, :4, :, :16, :16], (2, 8, 8), (2, 2, 2), None)
+    )
     assert read_audio_patches(audio, 10, 3, None).flatten(1).equal(audio[:, :30])
 
 
