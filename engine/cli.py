@@ -101,7 +101,8 @@ def evaluate_retrieval(args: argparse.Namespace) -> int:
     from vatt.engine.evaluate.retrieval import retrieval
 
     scores = retrieval(args.source, args.catalogue)
-    _write_rows(args.json, [scores])
+    directions = {name: found for name, found in scores.items() if isinstance(found, dict) and "queries" in found}
+    _write_rows(args.json, [{"direction": name, **found} for name, found in directions.items()])
     print(json.dumps(scores))
     return SUCCESS
 

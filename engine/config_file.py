@@ -102,11 +102,6 @@ def from_tree(tree: Mapping[str, Any]) -> RunConfig:
     return cast(RunConfig, _build("", dict(_flat(tree, ""))))
 
 
-def from_tree(tree: Mapping[str, Any]) -> RunConfig:
-    """The run described by nested tables, as TOML or JSON gives them; the same checks, and no file to name. Raises ConfigError."""
-    return _build("", dict(_flat(tree, "")))
-
-
 def find_config(path_or_recipe: str) -> Path:
     """A file, or the file of a shipped recipe; ConfigError listing the recipes if it is neither."""
     path = Path(path_or_recipe)
