@@ -127,7 +127,7 @@ class OpenClip:
 
     def __init__(self, clip: Clip, media: Media, sound: Media | None):
         self.clip, self.media, self.sound = clip, media, sound
-        media_end = media.end(media.video)
+        media_end = media.video_end()
         self.span = Span(clip.start or 0.0, min(clip.end or media_end, media_end))
         if self.span.start >= self.span.end:
             raise DecodeError(

@@ -6,9 +6,11 @@ begins a few milliseconds early, because its encoder needed a run-up, does not m
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import av
@@ -19,7 +21,8 @@ import av.logging
 av.logging.set_level(None)
 
 CLOCK = 1_000_000  # ticks per second of container times
-TAIL = 5.0  # seconds read from the end of a file whose duration nobody states
+TAIL = 5.0  # seconds at the end of a file that are read to learn when its last picture goes
+HOLD = 1.0  # seconds the last picture may stay where it does not say for how long
 
 
 class DecodeError(Exception):
@@ -69,42 +72,51 @@ class Media:
                 # Workers are processes; threads inside each would only fight over the cores.
                 stream.codec_context.thread_type = "NONE"
                 stream.codec_context.thread_count = 1
-        self._tick: dict[int, float] = {}
+        # Exact fractions are slow, and times are asked for with every packet.
+        self._tick = {stream.index: float(stream.time_base) for stream in container.streams if stream.time_base}
         first = (container.start_time or 0) / CLOCK
         first_picture = float((self.video.start_time or 0) * self.video.time_base) if self.video else 0.0
         self.origin = max(first, min(0.0, first_picture))
 
     def _refuse_truncated(self) -> None:
-        """An mp4 whose index points behind its last byte was cut, whichever window of it is asked for."""
-        if "mp4" not in self.container.format.name:
-            return
+        """A file that says it is longer than it is was cut, whichever window of it is asked for."""
         last = [s.index_entries[len(s.index_entries) - 1] for s in self.container.streams if len(s.index_entries)]
-        needed, there = max((entry.pos + entry.size for entry in last), default=0), self.container.size
-        if needed > there:
-            raise DecodeError(f"{self.path}: truncated: has {there} bytes, its index needs {needed}; fetch it again")
+        stated = max((entry.pos + entry.size for entry in last if entry.size > 0), default=0)
+        if "matroska" in self.container.format.name:
+            stated = _matroska_size(self.path)
+        if stated > self.container.size:
+            raise DecodeError(f"{self.path}: truncated: {self.container.size} bytes of {stated}; fetch it again")
 
     def seconds(self, ticks: int, stream: Any) -> float:
         """A stream's timestamp on the file's timeline."""
-        if stream.index not in self._tick:
-            self._tick[stream.index] = float(stream.time_base)  # exact fractions are slow, and this is asked for every packet
         return ticks * self._tick[stream.index] - self.origin
 
-    def end(self, stream: Any) -> float:
-        """Where a stream ends. Read from the last packets if neither the stream nor its tags say so.
+    def video_end(self) -> float:
+        """When the last picture goes. Raises DecodeError if much less is there than the file states.
 
-        A container's own duration is not used: it is that of its longest stream, and often missing or wrong.
+        Headers are wrong often enough (variable frame rates, edits), so the last packets have the last word. A last
+        picture that does not say how long it stays is kept as long as stated, HOLD seconds at most.
         """
-        begin = self.seconds(stream.start_time or 0, stream)
-        if stream.duration:
-            return begin + float(stream.duration * stream.time_base)
-        for name, value in stream.metadata.items():
-            if name.upper().startswith("DURATION"):  # Matroska: "00:00:05.040000000"; counted from time 0
-                try:
-                    hours, minutes, seconds = value.split(":")
-                    return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - self.origin
-                except ValueError:
-                    break
-        return self._end_of_packets(stream)
+        stream = self.video
+        stated = self._stated_end(stream)
+        for begin in (max(0.0, (stated or self._container_end()) - TAIL), 0.0):
+            self.seek(begin, stream)
+            last = sorted(self._times_of_packets(stream))
+            if last or begin == 0.0:
+                break
+        if not last:
+            raise DecodeError(f"{self.path}: no video in it; truncated or damaged")
+        time, stays = last[-1]
+        gap = max((later - earlier for (earlier, _), (later, _) in pairwise(last)), default=0.0)
+        if stated is not None and stated > time + max(stays, gap, HOLD) + HOLD:
+            raise DecodeError(
+                f"{self.path}: truncated: the last picture is at {time:.2f} s, its header says {stated:.2f} s; fetch it again"
+            )
+        return max(time + stays, min(stated or 0.0, time + HOLD))
+
+    def audio_end(self) -> float:
+        """When the sound ends, as stated, or as the container does."""
+        return self._stated_end(self.audio) or self._container_end()
 
     def seek(self, seconds: float, stream: Any) -> None:
         """Go to the key frame at or before a time; to the beginning where the file cannot tell."""
@@ -114,21 +126,26 @@ class Media:
         except av.error.FFmpegError:
             self.container.seek(stream.start_time or 0, stream=stream, backward=True)
 
-    def _end_of_packets(self, stream: Any) -> float:
-        stated = (self.container.duration or 0) / CLOCK
-        for begin in (stated - TAIL, 0.0):
-            if begin < 0.0 or (begin == 0.0 and stated > TAIL):
-                continue
-            self.seek(begin, stream)
-            ends = [
-                self.seconds(packet.pts + (packet.duration or 0), stream)
-                for packet in self.container.demux(stream)
-                if packet.pts is not None
-            ]
-            if ends:
-                self.seek(0.0, stream)
-                return max(ends)
-        return stated
+    def _stated_end(self, stream: Any) -> float | None:
+        """Where a stream ends by its header or tags, if they say so."""
+        if stream.duration:
+            return self.seconds((stream.start_time or 0) + stream.duration, stream)
+        for name, value in stream.metadata.items():
+            if name.upper().startswith("DURATION"):  # Matroska: "00:00:05.040000000", counted from time 0
+                with suppress(ValueError):
+                    hours, minutes, seconds = value.split(":")
+                    return int(hours) * 3600 + int(minutes) * 60 + float(seconds) - self.origin
+        return None
+
+    def _container_end(self) -> float:
+        return (self.container.duration or 0) / CLOCK
+
+    def _times_of_packets(self, stream: Any) -> Iterator[tuple[float, float]]:
+        """(time, how long it stays) of every packet from here to the end of the file."""
+        for packet in self.container.demux(stream):
+            ticks = packet.pts if packet.pts is not None else packet.dts
+            if ticks is not None and packet.size:
+                yield self.seconds(ticks, stream), (packet.duration or 0) * self._tick[stream.index]
 
 
 @contextmanager
@@ -140,15 +157,40 @@ def open_media(path: str) -> Iterator[Media]:
         # A playlist must not reach for the network or for other protocols.
         with av.open(path, options={"protocol_whitelist": "file"}, metadata_errors="replace") as container:
             yield Media(path, container)
-    except FileNotFoundError as error:
-        raise DecodeError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise DecodeError(f"{path}: is a folder") from error
-    except PermissionError as error:
-        raise DecodeError(f"{path}: may not be read") from error
     except (av.error.FFmpegError, OSError) as error:
-        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
-        raise DecodeError(f"{path}: not readable as audio or video ({reason}); empty, truncated or another format") from error
+        raise DecodeError(f"{path}: {_reason(path, error)}") from error
+
+
+def _reason(path: str, error: Exception) -> str:
+    """Why a file cannot be read. What libav calls "not permitted" or "not found" may be damage, so the file is asked."""
+    if not os.path.exists(path):
+        return "no such file"
+    if not os.path.isfile(path):
+        return "is not a file"
+    if not os.access(path, os.R_OK):
+        return "its permissions do not let it be read"
+    if os.path.getsize(path) == 0:
+        return "empty (zero bytes); fetch it again"
+    reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+    return f"not readable as audio or video ({reason}); truncated, damaged or another format"
+
+
+def _matroska_size(path: str) -> int:
+    """Bytes a Matroska or WebM file says it has: its header and the segment after it; 0 if it does not say."""
+    with open(path, "rb") as file:
+        head = file.read(4096)
+    end = 0
+    for marker in (b"\x1a\x45\xdf\xa3", b"\x18\x53\x80\x67"):
+        begin = end + len(marker)
+        if head[end:begin] != marker or begin >= len(head):
+            return 0
+        # A length is 1 to 8 bytes: as many as the first has leading zero bits, and one; all ones mean unknown.
+        width = 9 - head[begin].bit_length()
+        length = int.from_bytes(head[begin : begin + width]) & ((1 << 7 * width) - 1)
+        if width > 8 or length == (1 << 7 * width) - 1:
+            return 0
+        end = begin + width + length
+    return end
 
 
 def probe(path: str) -> MediaInfo:
@@ -156,8 +198,8 @@ def probe(path: str) -> MediaInfo:
     with open_media(path) as media:
         video, audio = media.video, media.audio
         return MediaInfo(
-            video_end=media.end(video) if video else None,
-            audio_end=media.end(audio) if audio else None,
+            video_end=media.video_end() if video else None,
+            audio_end=media.audio_end() if audio else None,
             width=video.codec_context.width if video else 0,
             height=video.codec_context.height if video else 0,
             audio_rate=audio.codec_context.sample_rate if audio else 0,

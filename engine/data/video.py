@@ -13,7 +13,7 @@ import av.error
 import numpy as np
 from av.video.reformatter import ColorRange, Interpolation, VideoReformatter
 
-from vatt.engine.data.media import DecodeError, Media
+from vatt.engine.data.media import HOLD, DecodeError, Media
 
 # Matroska's clock ticks once a millisecond, so a frame due at t may be stamped half a tick later.
 TOLERANCE = 1e-3
@@ -21,7 +21,6 @@ TOLERANCE = 1e-3
 STEPS_BACK = (0.0, 2.0, 10.0)
 # Here every packet holds exactly one visible frame, so a packet without its frame is damage (VP8 has invisible ones).
 ONE_FRAME_A_PACKET = ("h264", "hevc", "vp9", "av1", "mjpeg")
-HOLD = 0.1  # seconds the last frame may be held where neither it nor its neighbours say for how long
 
 
 def frames_at(media: Media, times: np.ndarray, short_side: int) -> np.ndarray:
@@ -86,7 +85,7 @@ def _decoded(media: Media, last: float) -> Iterator[tuple[float, Any]]:
     checked = stream.codec_context.codec.canonical_name in ONE_FRAME_A_PACKET
     packets: list[int] = []
     frames: list[int] = []
-    longest = HOLD
+    stays = HOLD
     for packet in media.container.demux(stream):
         if packet.is_corrupt:
             raise DecodeError(f"{media.path}: damaged{_at(media, packet)}")
@@ -108,16 +107,14 @@ def _decoded(media: Media, last: float) -> Iterator[tuple[float, Any]]:
                 _check_complete(media, packets, frames, ticks)
             if time > last + TOLERANCE:
                 return
-            if frames:
-                longest = max(longest, time - media.seconds(frames[-1], stream))
-            longest = max(longest, media.seconds(frame.duration or 0, stream) + media.origin)
+            stays = max(HOLD, (frame.duration or 0) * float(stream.time_base))
             frames.append(ticks)
             yield time, frame
     if not frames:
         return
     if checked and packets:
         _check_complete(media, packets, frames, max(packets) + 1)
-    shown_until = media.seconds(frames[-1], stream) + longest
+    shown_until = media.seconds(frames[-1], stream) + stays
     if last > shown_until + TOLERANCE:
         raise DecodeError(
             f"{media.path}: video stops at {shown_until:.2f} s, before the {last:.2f} s it should reach; truncated or damaged"
