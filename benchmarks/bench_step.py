@@ -125,10 +125,8 @@ def memory(size: str, device: str, precision: str, batch: int) -> dict[str, obje
     step = build_ours(size, device, precision, batch)
     loss = float(step())  # type: ignore[arg-type]
     assert loss == loss, "the loss is not a number"
-    if device == "cuda":
-        peak = torch.cuda.max_memory_allocated()
-    else:
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    process_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_kib * 1024
     return {"peak_gb": round(peak / 1e9, 2), "loss": round(loss, 4)}
 
 
