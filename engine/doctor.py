@@ -23,7 +23,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-SECONDS = 60  # an import that takes longer is called broken
+SECONDS = 120  # an import that takes longer is called broken
 
 
 class NotUsable(Exception):
