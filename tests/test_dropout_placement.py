@@ -306,7 +306,7 @@ def loss_of(model: VATT, batch: Batch, step: int = 5) -> Tensor:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_backward_uses_the_masks_of_forward(kind: str) -> None:
-    """The loss' slope by finite differences, dropout on at all sites, equals autograd's along a random direction of every weight."""
+    """With dropout on at every site, autograd's slope of the loss along a random direction is that of finite differences."""
     config = config_of(kind, frames=2, size=16, audio_samples=128, words=4)
     batch = batch_of(config, clips=3)
     model = model_of(config).train()
