@@ -50,7 +50,7 @@ check: $(READY) ## format, lint, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@mkdir -p build/typing/vatt
-	@for folder in engine kernels benchmarks; do ln -sfn ../../../$$folder build/typing/vatt/$$folder; done
+	@for folder in engine kernels; do ln -sfn ../../../$$folder build/typing/vatt/$$folder; done
 	@$(BIN)/mypy build/typing/vatt
 
 clean: ## remove the environment and everything built (runs/ stays)

@@ -15,7 +15,7 @@ import traceback
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 SUCCESS, FAILED, BAD_INPUT, SAVED, INTERRUPTED = 0, 1, 2, 75, 130
 EXIT_CODES = """exit codes: 0 success, 1 failed, 2 bad usage or input,
@@ -222,9 +222,10 @@ def build_parser() -> argparse.ArgumentParser:
             folder = top.add_parser(group, description=_GROUPS[group], allow_abbrev=False)
             groups[group] = folder.add_subparsers(metavar="COMMAND", required=True, parser_class=_Parser)
         usage = f"vatt {command.name} [-h] CONFIG [--section.key VALUE ...]" if command.overrides else None
+        listed: dict[str, Any] = {"help": command.help} if group else {}  # the top's own table lists every command already
         leaf = groups[group].add_parser(
             name,
-            **({"help": command.help} if group else {}),  # the top's own table already lists every command
+            **listed,
             description=command.help,
             epilog=f"example:\n  {command.example}",
             usage=usage,
