@@ -72,7 +72,10 @@ def _relative(path: Path, out: Path) -> str:
 def _still(source: Path, folder: Path, out: Path) -> str:
     """Write the source with its middle frame throughout; returns the new file's path relative to `out`'s folder."""
     with av.open(str(source)) as media:
-        fps = int(media.streams.video[0].average_rate)
+        average = media.streams.video[0].average_rate
+        if average is None:
+            raise ConfigError(f"{source}: states no frame rate; give a catalogue of a sample world")
+        fps = int(average)
         frames = [frame.to_ndarray(format="rgb24") for frame in media.decode(video=0)]
     with av.open(str(source)) as media:
         rate = media.streams.audio[0].rate

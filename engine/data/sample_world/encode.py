@@ -10,6 +10,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
+from typing import cast
 
 import av
 import numpy as np
@@ -73,21 +74,22 @@ def write_clip(path: Path, container: str, frames: np.ndarray, fps: int, audio: 
     codecs = require_encoders(container)
 
     def fill(output: av.container.OutputContainer) -> None:
-        video = output.add_stream(codecs.video, rate=fps, options={**codecs.video_options, "flags": "+bitexact"})
+        options = {**codecs.video_options, "flags": "+bitexact"}
+        video = cast(av.VideoStream, output.add_stream(codecs.video, rate=fps, options=options))
         video.width, video.height, video.pix_fmt = frames.shape[2], frames.shape[1], "yuv420p"
         video.codec_context.thread_count = 1
         sound = None
         if audio is not None:
             layout = "mono" if audio.shape[0] == 1 else "stereo"
             options = {**codecs.audio_options, "flags": "+bitexact"}
-            sound = output.add_stream(codecs.audio, rate=rate, layout=layout, options=options)
+            sound = cast(av.AudioStream, output.add_stream(codecs.audio, rate=rate, layout=layout, options=options))
             sound.bit_rate = codecs.audio_bits_per_s
         for number, picture in enumerate(frames):
             frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
             frame.pts, frame.time_base = number, Fraction(1, fps)
             output.mux(video.encode(frame))
         output.mux(video.encode(None))
-        if sound is not None:
+        if audio is not None and sound is not None:
             samples = av.AudioFrame.from_ndarray(np.ascontiguousarray(audio), format="fltp", layout=layout)
             samples.sample_rate, samples.pts, samples.time_base = rate, 0, Fraction(1, rate)
             output.mux(sound.encode(samples))

@@ -100,7 +100,7 @@ def make_sample_world(
     out = Path(out)
     _check_arguments(train, test, seed, workers)
     require_encoders(container)
-    parameters = {"version": VERSION, "train": train, "test": test, "seed": seed, "container": container}
+    parameters: dict[str, int | str] = {"version": VERSION, "train": train, "test": test, "seed": seed, "container": container}
     combinations = plan(seed, train, test)
     jobs = [
         Job(out / split / f"{index:05d}.{container}", container, what, seed, number, index)
@@ -144,7 +144,7 @@ def _claim(out: Path, parameters: dict[str, int | str]) -> None:
             raise ConfigError(f"{note}: not readable as JSON ({error}); choose another folder, or remove this one") from None
         if found != parameters:
             there = found if isinstance(found, dict) else {}
-            differs = [f"{key} {there.get(key)} not {asked}" for key, asked in parameters.items() if there.get(key) != asked]
+            differs = [f"{key} {there.get(key)}, not {asked}" for key, asked in parameters.items() if there.get(key) != asked]
             remedy = "choose another folder, or remove this one"
             raise ConfigError(f"{out}: holds another sample world ({'; '.join(differs) or 'unknown keys'}); {remedy}")
     else:

@@ -46,8 +46,8 @@ class Scene:
     tilt: float
     """Radians, clockwise."""
     rgb: tuple[float, float, float]
-    background: np.ndarray
-    """float32 (H, W, 3), 0 to 255."""
+    texture: tuple[int, int, int]
+    """What the background is drawn from: seed, split, index."""
 
 
 def draw_scene(combination: Combination, seed: int, split: int, index: int) -> Scene:
@@ -63,12 +63,12 @@ def draw_scene(combination: Combination, seed: int, split: int, index: int) -> S
         radius=0.19 + 0.05 * u[2],
         tilt=0.3 * (u[3] - 0.5),
         rgb=(rgb[0], rgb[1], rgb[2]),
-        background=_texture(seed, split, index),
+        texture=(seed, split, index),
     )
 
 
 def _texture(seed: int, split: int, index: int) -> np.ndarray:
-    """A dim picture: a tint, slow unevenness (a 6 x 6 grid of noise, interpolated) and fine grain."""
+    """A dim picture, float32 (H, W, 3) in 0 .. 255: a tint, slow unevenness (6 x 6 noise, interpolated) and grain."""
     u = uniform(seed, Stream.WORLD_TEXTURE, split, index, 3 + 36 * 3 + SIZE * SIZE).astype(np.float32)
     tint, grid, grain = u[:3], u[3:111].reshape(6, 6, 3), u[111:].reshape(SIZE, SIZE, 1)
     at = np.linspace(0, 5, SIZE, dtype=np.float32)
@@ -99,7 +99,8 @@ def render(scene: Scene) -> np.ndarray:
     distance = OUTLINES[scene.combination.shape](x, y) * np.float32(scene.radius * SIZE)
     cover = np.clip(0.5 - distance, 0.0, 1.0)[..., None]
     colour = np.array(scene.rgb, dtype=np.float32)
-    return (scene.background + cover * (colour - scene.background) + 0.5).astype(np.uint8)
+    background = _texture(*scene.texture)
+    return (background + cover * (colour - background) + 0.5).astype(np.uint8)
 
 
 # Outlines: signed distances (negative inside) in units of the radius, x to the right, y down. Where two edges meet they
