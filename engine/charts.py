@@ -44,13 +44,15 @@ def line_chart(title: str, series: Sequence[tuple[str, Sequence[Point]]], *, uni
     return figure(title, svg(title, "".join(body)), f'<p class="legend">{"".join(legend)}</p>')
 
 
-def histogram(title: str, groups: Sequence[tuple[str, np.ndarray]], bins: int = 40) -> str:
+def histogram(title: str, groups: Sequence[tuple[str, np.ndarray]]) -> str:
     """A figure of the groups' distributions, each as shares of itself."""
     groups = [(name, values[np.isfinite(values)]) for name, values in groups]
     everything = np.concatenate([values for _, values in groups])
     if not len(everything):
         return figure(title, '<p class="missing">Nothing to show.</p>')
     low, high = float(everything.min()), float(everything.max())
+    # As fine as the smallest group bears.
+    bins = int(np.clip(3 * min(len(values) for _, values in groups) ** 0.5, 10, 40))
     edges = np.linspace(low, high if high > low else low + 1e-6, bins + 1)
     shares = [np.histogram(values, edges)[0] / max(1, len(values)) for _, values in groups]
     axes = Axes((edges[0], edges[-1]), (0.0, float(max(share.max() for share in shares))), y_format=lambda v: f"{v:.0%}")
@@ -75,9 +77,8 @@ def heatmap(title: str, matrix_QN: np.ndarray, note: str) -> str:
     light, dark = np.array([239.0, 246, 255]), np.array([10.0, 45, 105])
     pixels = (light + share[..., None] * (dark - light)).round().astype(np.uint8)
     image = f'<img class="matrix" alt="{escape(title)}" src="{png_uri(pixels)}">'
-    return figure(
-        title, image, f'<p class="legend"><span>{escape(note)} From {short(low)} (light) to {short(high)} (dark).</span></p>'
-    )
+    note = f"{note} From {short(low)} (light) to {short(high)} (dark)."
+    return figure(title, image, f'<p class="legend"><span>{escape(note)}</span></p>')
 
 
 def figure(title: str, *parts: str) -> str:
