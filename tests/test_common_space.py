@@ -41,6 +41,13 @@ def test_epsilon_is_the_released_one() -> None:
     assert norm(x)[0].item() == pytest.approx(1e-3 / (1e-6 + 1e-5) ** 0.5, rel=1e-4)
 
 
+def test_statistics_of_bf16_rows_are_taken_in_fp32() -> None:
+    x = rows(64).bfloat16()
+    ours, exact = random_norm().train(), random_norm().train()
+    assert ours(x).equal(exact(x.float()))
+    assert ours.running_mean.equal(exact.running_mean)
+
+
 def test_buffers_move_a_tenth_of_the_way_to_the_biased_statistics() -> None:
     norm, x = random_norm(), rows()
     before = norm.running_mean.clone(), norm.running_variance.clone()
