@@ -190,7 +190,7 @@ def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> Written:
         for _, tensor in ordered:
             if tensor.numel():
                 flat = tensor.detach().to("cpu").contiguous().reshape(-1)
-                yield memoryview(flat.view(torch.uint8).numpy())
+                yield flat.view(torch.uint8).numpy().data
 
     return write_file(path, pieces())
 

@@ -108,6 +108,6 @@ pre {
   .matrix { max-width: 220px; }
   .clips { grid-template-columns: repeat(6, 1fr); }
   details::details-content { content-visibility: visible; display: block; }
-  pre { white-space: pre-wrap; border: 0; padding: 0; }
+  pre { white-space: pre-wrap; border: 0; padding: 0; columns: 2; }
 }
 """

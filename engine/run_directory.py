@@ -220,7 +220,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 def describe_environment() -> dict[str, Any]:
     """What the numbers of a run depend on: versions and the machine. No variables, no user or host name."""
-    versions = {}
+    versions: dict[str, str | None] = {}
     for package in PACKAGES:
         try:
             versions[package] = metadata.version(package)

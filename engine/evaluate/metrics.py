@@ -28,9 +28,7 @@ def ranks(similarity_QN: np.ndarray, target_Q: np.ndarray) -> np.ndarray:
     """
     bad = int(np.isnan(similarity_QN).any(axis=1).sum())
     if bad:
-        raise ValueError(
-            f"similarity: {bad} of {len(similarity_QN)} queries have similarities that are NaN"
-        )
+        raise ValueError(f"similarity: {bad} of {len(similarity_QN)} queries have similarities that are NaN")
     target_Q = np.asarray(target_Q)
     own_Q1 = np.take_along_axis(similarity_QN, target_Q[:, None], axis=1)
     earlier_QN = np.arange(similarity_QN.shape[1]) < target_Q[:, None]

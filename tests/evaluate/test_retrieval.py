@@ -262,3 +262,23 @@ def test_thumbnails_of_bytes_and_of_floats_are_alike():
     assert np.abs(small.astype(int) - retrieval.thumbnail(frames.float() / 127.5 - 1)).max() <= 1
     tiny = frames[..., :16, :16]
     assert np.array_equal(retrieval.thumbnail(tiny)[0], tiny[0].permute(1, 2, 0).numpy())
+
+
+def test_what_asks_and_what_answers():
+    draw = np.random.default_rng(1)
+    spaces = {name: draw.standard_normal((30, 6)).astype(np.float32) for name in ("va", "av", "vt", "tv")}
+    spaces["av"] += spaces["va"]
+    spaces["tv"] += spaces["vt"]
+    yes = np.ones(30, bool)
+    embeddings = retrieval.Embeddings(spaces["va"], spaces["av"], spaces["vt"], spaces["tv"], yes, yes, yes, np.empty(0))
+    clips = [clip(i, "red") for i in range(30)]
+    asked = {"text_to_video": ("tv", "vt"), "audio_to_video": ("av", "va"), "video_to_audio": ("va", "av")}
+    found = {}
+    for direction in retrieval.DIRECTIONS:
+        query, gallery = asked[direction.name]
+        order = np.argsort(-cosine_similarity(spaces[query], spaces[gallery]), axis=1)
+        place = [order[i].tolist().index(i) for i in range(30)]
+        found[direction.name] = retrieval.score(direction, embeddings, Catalogue("x", clips))
+        assert found[direction.name]["R@1"] == pytest.approx(np.mean([p < 1 for p in place]))
+        assert found[direction.name]["R@5"] == pytest.approx(np.mean([p < 5 for p in place]))
+    assert found["audio_to_video"] != found["video_to_audio"], "the case has to tell the two ways apart"
