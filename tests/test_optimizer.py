@@ -134,6 +134,14 @@ def test_a_gradient_that_is_not_finite_touches_nothing(bad, epsilon_form, when):
     assert all(torch.equal(a, b) for a, b in zip(guarded, clean, strict=True))
 
 
+def test_the_norm_of_many_elements_is_accurate():
+    parameter = torch.zeros(3_000_001, requires_grad=True)
+    parameter.grad = torch.randn(3_000_001, generator=torch.Generator().manual_seed(0))
+    adam = Adam([parameter], OptimizerConfig())
+    adam.step()
+    assert float(adam.gradient_norm) == pytest.approx(float(parameter.grad.double().norm()), rel=2e-6)
+
+
 def test_frozen_parameters_are_left_out():
     model = torch.nn.Sequential(torch.nn.Linear(2, 3), torch.nn.Linear(3, 1))
     model[0].weight.requires_grad_(False)

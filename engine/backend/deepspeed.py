@@ -19,7 +19,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vatt.engine.backend.interface import StepOutcome, check_state, poisoned_unless_finite, saved_buffers, state_shapes
+from vatt.engine.backend.interface import (
+    KeptBuffers,
+    StepOutcome,
+    check_state,
+    poisoned_unless_finite,
+    saved_buffers,
+    state_shapes,
+)
 from vatt.engine.config import ConfigError, RunConfig
 from vatt.engine.optimizer import Adam, trainable
 
@@ -44,6 +51,7 @@ def settings(config: RunConfig, world_size: int, device: torch.device, elements:
         # One sub-group: each is a separate optimizer step, and the guard must see all gradients in one.
         zero["sub_group_size"] = 2 * elements + world_size
         zero["stage3_prefetch_bucket_size"] = bucket
+        zero["memory_efficient_linear"] = False  # it would replace torch's linear for the whole process
     return {
         "train_micro_batch_size_per_gpu": config.batch_size // world_size,
         "gradient_accumulation_steps": 1,
@@ -140,6 +148,7 @@ class DeepSpeedBackend:
             self._write(self.weights[name], None, tensor)
         if exact:
             self._refresh_weights()
+        self.buffers = KeptBuffers(model)
 
     @torch.no_grad()
     def _ready_state(self) -> None:
@@ -171,6 +180,7 @@ class DeepSpeedBackend:
         for group in self.adam.param_groups:
             group["lr"] = learning_rate
         self.module.step()
+        self.buffers.settle(self.adam.skipped)
         return StepOutcome(self.adam.gradient_norm, self.adam.skipped)
 
     @torch.no_grad()
@@ -202,6 +212,7 @@ class DeepSpeedBackend:
         for name, buffer in buffers.items():
             buffer.copy_(state[f"model/{name}"])
         self.adam.updates.copy_(state["adam/step"])
+        self.buffers.keep()
         self._refresh_weights()
 
     def _share(self, parameter: nn.Parameter, moment: str | None) -> tuple[int, Tensor]:

@@ -3,7 +3,7 @@
 Shared policy. In bf16, every floating parameter of the module is a bf16 working copy of an fp32 master, batch norm's
 scale and shift included (their buffers and arithmetic stay fp32); gradients come out of backward in bf16, are averaged
 over the ranks in fp32, and Adam moves the masters. In fp32 there is one copy of everything. A loss or a gradient that is
-not finite on any rank skips the step on every rank.
+not finite on any rank skips the step on every rank: weights, moments, Adam's count and buffers stay as they were.
 """
 
 from __future__ import annotations
@@ -98,3 +98,23 @@ def saved_buffers(model: nn.Module) -> dict[str, Tensor]:
     """The model's persistent buffers by name (the same objects, not copies)."""
     parameters = dict(model.named_parameters(remove_duplicate=False))
     return {name: tensor for name, tensor in model.state_dict(keep_vars=True).items() if name not in parameters}
+
+
+class KeptBuffers:
+    """Undoes what the forward of a skipped step did to the model's buffers: a NaN in batch norm's means would stay."""
+
+    def __init__(self, model: nn.Module):
+        self.buffers = list(saved_buffers(model).values())
+        self.keep()
+
+    @torch.no_grad()
+    def keep(self) -> None:
+        """Take the buffers as they are for good ones."""
+        self.kept = [buffer.clone() for buffer in self.buffers]
+
+    @torch.no_grad()
+    def settle(self, skipped: Tensor) -> None:
+        """End of a step: bring the kept values back if it was skipped, else keep the new ones. Does not wait."""
+        for buffer, kept in zip(self.buffers, self.kept, strict=True):
+            kept.copy_(torch.where(skipped, kept, buffer))
+            buffer.copy_(kept)

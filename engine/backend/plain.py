@@ -8,7 +8,14 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from vatt.engine.backend.interface import StepOutcome, check_state, poisoned_unless_finite, saved_buffers, state_shapes
+from vatt.engine.backend.interface import (
+    KeptBuffers,
+    StepOutcome,
+    check_state,
+    poisoned_unless_finite,
+    saved_buffers,
+    state_shapes,
+)
 from vatt.engine.config import RunConfig
 from vatt.engine.optimizer import Adam, trainable
 
@@ -31,6 +38,7 @@ class PlainBackend:
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
         self.adam = Adam(self.masters.values(), config.optimizer)
+        self.buffers = KeptBuffers(model)
 
     def backward(self, loss: Tensor) -> None:
         """Leave this rank's gradients on the parameters."""
@@ -54,6 +62,7 @@ class PlainBackend:
             self.adam.update(masters, gradients, learning_rate)
         for weight in self.weights.values():
             weight.grad = None
+        self.buffers.settle(self.adam.skipped)
         return StepOutcome(self.adam.gradient_norm, self.adam.skipped)
 
     def _average(self, gradients: Sequence[Tensor]) -> None:
@@ -91,6 +100,7 @@ class PlainBackend:
             if self.low_precision:
                 self.weights[name].copy_(master)
         self.adam.updates.copy_(state["adam/step"])
+        self.buffers.keep()
 
     def _model_tensors(self) -> dict[str, Tensor]:
         """Masters, frozen parameters and buffers by name."""
