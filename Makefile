@@ -50,8 +50,8 @@ check: $(READY) ## format, lint, types
 	@$(BIN)/ruff format --check .
 	@$(BIN)/ruff check .
 	@mkdir -p build/typing/vatt
-	@for folder in engine kernels; do ln -sfn ../../../$$folder build/typing/vatt/$$folder; done
-	@$(BIN)/mypy build/typing/vatt
+	@for folder in engine kernels configs; do ln -sfn ../../../$$folder build/typing/vatt/$$folder; done
+	@$(BIN)/mypy build/typing/vatt/engine build/typing/vatt/kernels
 
 clean: ## remove the environment and everything built (runs/ stays)
 	rm -rf .venv build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -214,6 +214,7 @@ def round_trip(name: str) -> int:
     memory = io.BytesIO()
     with av.open(memory, "w", format=container) as out:
         stream: Any
+        frames: list[Any]
         if name in ("H.264", "VP9"):
             stream = out.add_stream(encoder, rate=10, width=64, height=64, pix_fmt="yuv420p")
             frames = [av.VideoFrame(64, 64, "yuv420p") for _ in range(3)]
@@ -229,8 +230,8 @@ def round_trip(name: str) -> int:
             out.mux(stream.encode(frame))
         out.mux(stream.encode(None))
     memory.seek(0)
-    with av.open(memory) as written:
-        return sum(1 for _ in written.decode(written.streams[0]))
+    with av.open(memory, "r") as written:
+        return len(list(written.decode(written.streams[0])))
 
 
 def _codec(name: str) -> Callable[[], tuple[str, str]]:
