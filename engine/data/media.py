@@ -65,8 +65,9 @@ class Media:
         self._refuse_truncated()
         # A cover picture is a video stream to libav, and not to us.
         pictures = [s for s in container.streams.video if not s.disposition & av.stream.Disposition.attached_pic]
-        self.video = pictures[0] if pictures else None
-        self.audio = container.streams.audio[0] if container.streams.audio else None
+        # `Any` because whoever reads a stream has asked for it first: `open_clip` makes sure there is one.
+        self.video: Any = pictures[0] if pictures else None
+        self.audio: Any = container.streams.audio[0] if container.streams.audio else None
         for stream in (self.video, self.audio):
             if stream is not None and stream.codec_context is not None:
                 # Workers are processes; threads inside each would only fight over the cores.

@@ -70,7 +70,7 @@ class SlotLayout:
     def slot(self, buffer: mmap.mmap | bytearray, slot: int) -> Arrays:
         """The arrays of one batch; views of `buffer`."""
         offset = _aligned(8 * max(1, self.workers)) + slot * self.slot_bytes
-        views = {}
+        views: dict[str, np.ndarray] = {}
         for name, (shape, kind) in self._fields.items():
             count = int(np.prod(shape))
             views[name] = np.frombuffer(buffer, kind, count, offset).reshape(shape)

@@ -61,15 +61,17 @@ def pictures(media: Media, begin: float, last: float) -> Iterator[tuple[float, A
         media.seek(0.0 if from_beginning else begin - (back or 0.0), media.video)
         decoded = _decoded(media, last)
         try:
-            time, frame = next(decoded, (None, None))
+            first = next(decoded, None)
         except DecodeError:
             if from_beginning:
                 raise
             continue
-        if time is not None and (time <= begin + TOLERANCE or from_beginning):
+        if first is not None and (first[0] <= begin + TOLERANCE or from_beginning):
             break
         if from_beginning:
             raise DecodeError(f"{media.path}: no video frame can be decoded; truncated or damaged")
+    assert first is not None  # the last round begins at the beginning, and raises without a frame
+    time, frame = first
     for next_time, next_frame in decoded:
         if next_time > begin + TOLERANCE:
             yield time, frame
