@@ -51,7 +51,9 @@ def find_process(config: BackendConfig, environment: Mapping[str, str] = os.envi
 
     world_size, rank = number(1, "WORLD_SIZE"), number(0, "RANK")
     if not 0 <= rank < world_size:
-        raise ConfigError(f"RANK: {rank} is not below WORLD_SIZE = {world_size}; start every rank with one launcher, or unset both")
+        raise ConfigError(
+            f"RANK: {rank} is not below WORLD_SIZE = {world_size}; start every rank with one launcher, or unset both"
+        )
     # torchrun says LOCAL_WORLD_SIZE, DeepSpeed's launcher LOCAL_SIZE; without either, all ranks are taken to be here.
     local_rank, local_world_size = number(0, "LOCAL_RANK"), number(world_size, "LOCAL_WORLD_SIZE", "LOCAL_SIZE")
     return Process(rank, world_size, local_rank, local_world_size, _device(config.device, local_rank))
@@ -64,7 +66,8 @@ def _device(wanted: str, local_rank: int) -> torch.device:
         raise ConfigError("backend.device: 'cuda' is asked for and torch sees no GPU; use 'cpu', or see `vatt doctor`")
     if local_rank >= torch.cuda.device_count():
         raise ConfigError(
-            f"backend.device: local rank {local_rank} has no GPU of its own, this host shows {torch.cuda.device_count()}; start fewer ranks"
+            f"backend.device: local rank {local_rank} has no GPU of its own, this host shows {torch.cuda.device_count()}; "
+            "start fewer ranks"
         )
     return torch.device("cuda", local_rank)
 

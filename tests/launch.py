@@ -19,7 +19,13 @@ def launch(script: Path, *arguments: object, ranks: int, seconds: float = 300.0)
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = probe.getsockname()[1]
-    common = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+    common = {
+        "WORLD_SIZE": ranks,
+        "LOCAL_WORLD_SIZE": ranks,
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": port,
+        "OMP_NUM_THREADS": 1,
+    }
     processes = []
     for rank in range(ranks):
         environment = os.environ | {key: str(value) for key, value in (common | {"RANK": rank, "LOCAL_RANK": rank}).items()}
@@ -40,6 +46,8 @@ def launch(script: Path, *arguments: object, ranks: int, seconds: float = 300.0)
                 process.kill()
     outputs = [process.communicate()[0] for process in processes]
     codes = [process.returncode for process in processes]
-    report = "\n".join(f"--- rank {rank}, exit {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, outputs, strict=True)))
+    report = "\n".join(
+        f"--- rank {rank}, exit {code}\n{text}" for rank, (code, text) in enumerate(zip(codes, outputs, strict=True))
+    )
     assert not any(codes), f"{script.name} failed on {ranks} ranks\n{report}"
     return outputs

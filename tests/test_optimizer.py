@@ -63,7 +63,9 @@ def parameters_and_gradients(steps: int, seed: int = 0) -> tuple[list[torch.Tens
     return start, [[torch.randn(shape, generator=generator) for shape in SHAPES] for _ in range(steps)]
 
 
-def take(adam: Adam | torch.optim.Optimizer, parameters: list[torch.Tensor], gradients: list[torch.Tensor], rate: float) -> None:
+def take(
+    adam: Adam | torch.optim.Optimizer, parameters: list[torch.Tensor], gradients: list[torch.Tensor], rate: float
+) -> None:
     for parameter, gradient in zip(parameters, gradients, strict=True):
         parameter.grad = gradient.clone()
     adam.param_groups[0]["lr"] = rate

@@ -35,8 +35,11 @@ def losses(log: list[dict]) -> list[float]:
 def same_bytes(a: dict, b: dict) -> list[str]:
     """Names of the tensors that differ in any bit; -0.0 is not 0.0 here."""
     assert a.keys() == b.keys()
-    bits = {torch.float32: torch.int32}
-    return [k for k in a if not torch.equal(a[k].view(bits.get(a[k].dtype, a[k].dtype)), b[k].view(bits.get(b[k].dtype, b[k].dtype)))]
+
+    def bits(tensor: torch.Tensor) -> torch.Tensor:
+        return tensor.view(torch.int32) if tensor.dtype == torch.float32 else tensor
+
+    return [name for name in a if not torch.equal(bits(a[name]), bits(b[name]))]
 
 
 def test_ten_losses(run):
@@ -117,4 +120,9 @@ def test_any_layout_finishes_what_two_ranks_of_zero3_began(run):
     assert losses(ours["other_log"]) == pytest.approx(losses(reference["log"])[STOP:], rel=1e-5)
     for name, tensor in reference["final"].items():
         if name.startswith("model/") and tensor.is_floating_point():
-            torch.testing.assert_close(ours["other_final"][name], tensor, rtol=1e-4, atol=2e-5, msg=name)
+            error = float((ours["other_final"][name] - tensor).norm())
+            # What is added right before batch norm has no true gradient: Adam walks it by noise, a rate (2e-5 x step) a step;
+            # batch norm's mean follows.
+            walked = 2 * 2e-5 * sum(range(STOP, STEPS)) * tensor.numel() ** 0.5
+            noise = walked if name in ("model/video.2.bias", "model/text.bias", "model/heads.norm.mean") else 0.0
+            assert error <= 1e-4 * float(tensor.norm()) + noise, name
