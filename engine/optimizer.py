@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import torch
@@ -82,7 +82,7 @@ class Adam:
         return state["m"], state["v"]
 
     @torch.no_grad()
-    def guard(self, gradients: Sequence[Tensor]) -> None:
+    def guard(self, gradients: list[Tensor]) -> None:
         """Measure the gradient, decide whether the step is taken, and count it if so."""
         pieces = gradients
         if self.updates.device.type == "cpu":
@@ -96,10 +96,10 @@ class Adam:
         self.updates += ~self.skipped
 
     @torch.no_grad()
-    def update(self, parameters: Sequence[Tensor], gradients: Sequence[Tensor], learning_rate: float) -> None:
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], learning_rate: float) -> None:
         """Move fp32 `parameters` by fp32 `gradients`, unless the last `guard` said no."""
         beta1, beta2 = self.config.beta1, self.config.beta2
-        rate: float | Tensor = learning_rate
+        rate: Any = learning_rate
         updates = self.updates
         if self.config.epsilon_form == "tensorflow":
             # The fused kernel knows PyTorch's form only. At t = infinity its two bias corrections are 1 and the forms

@@ -188,7 +188,7 @@ class DeepSpeedBackend:
     @torch.no_grad()
     def gather_state(self) -> dict[str, Tensor] | None:
         """One tensor at a time, so that no device ever holds more than its share and the largest one."""
-        state = {}
+        state: dict[str, Any] = {}  # of None on the other ranks, which only take part
         for name, parameter in self.model.named_parameters():
             state[f"model/{name}"] = self._assemble(parameter, None)
         for name, parameter in self.weights.items():
@@ -217,7 +217,7 @@ class DeepSpeedBackend:
         self.buffers.keep()
         self._refresh_weights()
 
-    def _share(self, parameter: nn.Parameter, moment: str | None) -> tuple[int, Tensor]:
+    def _share(self, parameter: Any, moment: str | None) -> tuple[int, Tensor]:
         """This rank's share of a parameter's master (or of its moment "m" or "v"): first element, and a flat view.
 
         Whatever every rank holds is rank 0's share.
