@@ -77,6 +77,7 @@ class VideoConfig(EncoderConfig):
     buckets: tuple[int, int, int] = option(
         (0, 0, 0), "Learned positions per axis: time, rows, columns; 0 = as many as the training grid has."
     )
+    initial_gain: float = option(1.0, "Multiplies the patch projection's initial weights; released: 1.")
 
 
 @dataclass(frozen=True)
@@ -85,6 +86,7 @@ class AudioConfig(EncoderConfig):
 
     patch: int = option(128, "Samples in a waveform patch.")
     buckets: int = option(0, "Learned positions; 0 = as many as the training grid has.")
+    initial_gain: float = option(1.0, "Multiplies the patch projection's initial weights; released: 1.")
 
 
 @dataclass(frozen=True)
