@@ -33,7 +33,7 @@ def require(condition: bool, key: str, problem: str) -> None:
         raise ConfigError(f"{key}: {problem}")
 
 
-# (layers, width, heads, hidden): paper Table 8 and the released code; XLarge exists in the released code only.
+# (layers, width, heads, hidden): paper Table 7 and the released code; XLarge exists in the released code only.
 SIZES: dict[str, tuple[int, int, int, int]] = {
     "small": (6, 512, 8, 2048),
     "base": (12, 768, 12, 3072),
@@ -169,9 +169,15 @@ class DataConfig:
     prefetch: int = option(2, "Batches prepared ahead.")
     cache: Literal["none", "memory"] = option("none", "Keep decoded clips in memory; each file is decoded once.")
     cache_bytes: int = option(4 << 30, "Limit of the cache, over all workers of a rank.")
-    on_bad_clip: Literal["substitute", "error"] = option("substitute", "An unreadable clip is replaced and counted, or ends the run.")
-    on_short_clip: Literal["loop", "error"] = option("loop", "A clip shorter than the window is looped and counted, or ends the run.")
-    on_missing_audio: Literal["mask", "error"] = option("mask", "Silence that is left out of the loss, and counted; or end the run.")
+    on_bad_clip: Literal["substitute", "error"] = option(
+        "substitute", "An unreadable clip is replaced and counted, or ends the run."
+    )
+    on_short_clip: Literal["loop", "error"] = option(
+        "loop", "A clip shorter than the window is looped and counted, or ends the run."
+    )
+    on_missing_audio: Literal["mask", "error"] = option(
+        "mask", "Silence that is left out of the loss, and counted; or end the run."
+    )
 
     def __post_init__(self) -> None:
         for name in ("frames", "size", "audio_rate", "captions", "words", "prefetch"):
@@ -219,12 +225,16 @@ class LossConfig:
     """NCE (video-audio) + MIL-NCE (video-text)."""
 
     form: Literal["row_column", "symmetric", "all_pairs"] = option(
-        "row_column", "Negatives: row + column with the positive twice (released default), two sums (released), or all pairs (paper eq. 4-5)."
+        "row_column",
+        "Negatives: row + column with the positive twice (released default), two sums (released), "
+        "or all pairs (paper eq. 4-5).",
     )
     temperature: float = option(0.07, "Divides the cosine similarities.")
     video_audio_weight: float = option(1.0, "Weight of the video-audio loss in the weighted mean.")
     video_text_weight: float = option(1.0, "Weight of the video-text loss in the weighted mean.")
-    mean: Literal["global", "per_replica"] = option("global", "Mean over the valid clips of the global batch, or of each rank, averaged.")
+    mean: Literal["global", "per_replica"] = option(
+        "global", "Mean over the valid clips of the global batch, or of each rank, averaged."
+    )
     replicas: int = option(0, "per_replica: how many replicas the batch is divided into; 0 = one per rank.")
 
     def __post_init__(self) -> None:
@@ -337,7 +347,8 @@ class RunConfig:
         clip = (self.data.frames, self.data.size, self.data.size)
         grid = patch_grid(clip, self.model.video.patch, self.model.remainder)
         for axis, count, extent, patch in zip(("frames", "size", "size"), grid, clip, self.model.video.patch, strict=True):
-            require(count > 0, f"data.{axis}", f"{extent} is less than one patch of {patch} (model.video.patch): no token on this axis")
+            problem = f"{extent} is less than one patch of {patch} (model.video.patch): no token on this axis"
+            require(count > 0, f"data.{axis}", problem)
         waves = patch_grid((self.data.audio_samples,), (self.model.audio.patch,), self.model.remainder)
         require(
             waves[0] > 0,
@@ -359,9 +370,8 @@ class RunConfig:
 
     def with_buckets(self) -> RunConfig:
         """The same run with every 0 among the position buckets replaced by the training grid's count."""
-        grid = self.video_grid
-        buckets = tuple(b or g for b, g in zip(self.model.video.buckets, grid, strict=True))
-        video = replace(self.model.video, buckets=buckets)
+        t, h, w = (bucket or count for bucket, count in zip(self.model.video.buckets, self.video_grid, strict=True))
+        video = replace(self.model.video, buckets=(t, h, w))
         audio = replace(self.model.audio, buckets=self.model.audio.buckets or self.audio_grid)
         return replace(self, model=replace(self.model, video=video, audio=audio))
 

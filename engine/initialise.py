@@ -42,9 +42,10 @@ def initialise(model: VATT, config: RunConfig) -> None:
             signal = config.model.video if module.modality == "video" else config.model.audio
             channels = 3 if module.modality == "video" else 1
             initialise_patches(module, channels, signal.initial_gain, generator)
-        if isinstance(getattr(module, "aggregate", None), nn.Parameter):
+        aggregate = getattr(module, "aggregate", None)
+        if isinstance(aggregate, nn.Parameter):
             # Keras's glorot_normal on shape (D,) takes D as both fans: standard deviation D^-0.5.
-            truncated_normal_(module.aggregate, module.aggregate.shape[0] ** -0.5, generator, corrected=True)
+            truncated_normal_(aggregate, aggregate.shape[0] ** -0.5, generator, corrected=True)
     if config.model.text.word_table_file:
         load_word_table(model.text.words.weight, Path(config.model.text.word_table_file))
 

@@ -82,7 +82,7 @@ def _own(logits_GGL: Tensor) -> Tensor:
 
 
 def _log_sums(logits_GGL: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Log-sum-exp over own candidates, over row i (video i with all candidates) and column block i (all videos with clip i's)."""
+    """Log-sum-exp over own candidates, row i (video i with all candidates) and column block i (all videos with clip i's)."""
     return _own(logits_GGL).logsumexp(-1), logits_GGL.logsumexp((1, 2)), logits_GGL.logsumexp((0, 2))
 
 
@@ -90,4 +90,3 @@ def mean_over_valid(loss_G: Tensor, valid_G: Tensor, replicas: int = 1) -> Tenso
     """Mean of the valid clips' losses; with replicas, the mean of each replica's own mean (an empty one counts as 0)."""
     loss_RB = torch.where(valid_G, loss_G, 0.0).unflatten(0, (replicas, -1))
     return (loss_RB.sum(1) / valid_G.unflatten(0, (replicas, -1)).sum(1).clamp(min=1)).mean()
-

@@ -122,6 +122,9 @@ class VATT(nn.Module):
         self.drop_rate: DropRateConfig = config.drop_rate
         m = config.model
         self.agnostic = m.kind == "agnostic"
+        self.video: SharedSignalTower | SignalTower
+        self.audio: SharedSignalTower | SignalTower
+        self.text: SharedTextTower | LinearText | TextEncoder
         if self.agnostic:
             width = m.shared.width
             self.encoder = Encoder(m.shared, m.dropout, m.attention_dropout)
@@ -152,25 +155,23 @@ class VATT(nn.Module):
         """
         if kept is None:
             kept = self.choose_kept(batch, draws) if self.training else Kept()
-        features = (
-            self.encode_video(batch.video, kept.video, draws),
-            self.encode_audio(batch.audio, kept.audio, draws),
-            self.encode_text(batch.text, draws),
-        )
+        video = self.encode_video(batch.video, kept.video, draws)
+        audio = self.encode_audio(batch.audio, kept.audio, draws)
+        text = self.encode_text(batch.text, draws)
         audio_valid = batch.has_audio
         text_valid = batch.has_text[:, None] & (batch.text != PADDING).any(-1)
         if self.training:
-            features = tuple(all_gather_rows(x) for x in features)
+            video, audio, text = all_gather_rows(video), all_gather_rows(audio), all_gather_rows(text)
             audio_valid, text_valid = all_gather_rows(audio_valid), all_gather_rows(text_valid)
-        video_audio, video_text = self.heads.project_video(features[0])
+        video_audio, video_text = self.heads.project_video(video)
         return CommonSpace(
             video_audio=video_audio,
-            audio_video=self.heads.project_audio(features[1]),
+            audio_video=self.heads.project_audio(audio),
             video_text=video_text,
-            text_video=self.heads.project_text(features[2]),
-            video_features=features[0],
-            audio_features=features[1],
-            text_features=features[2],
+            text_video=self.heads.project_text(text),
+            video_features=video,
+            audio_features=audio,
+            text_features=text,
             audio_valid=audio_valid,
             text_valid=text_valid,
         )
@@ -179,7 +180,8 @@ class VATT(nn.Module):
         """DropToken's draw for both signals."""
         if draws is None:
             if self.drop_rate.video or self.drop_rate.audio:
-                raise ConfigError("drop_rate: training needs draws: pass model(batch, draws=Draws.at(seed, step, batch.sample_id))")
+                call = "model(batch, draws=Draws.at(seed, step, batch.sample_id))"
+                raise ConfigError(f"drop_rate: training needs draws: pass {call}")
             return Kept()
         video, audio = self.video.tokens, self.audio.tokens
         return Kept(

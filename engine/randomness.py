@@ -35,8 +35,11 @@ class Draws:
     @staticmethod
     def at(seed: int, step: int, sample_id: Tensor) -> Draws:
         """The draws of one step for these samples, on their device."""
-        scalar = {"dtype": torch.int64, "device": sample_id.device}
-        return Draws(torch.tensor(seed, **scalar), torch.tensor(step, **scalar), sample_id)
+
+        def scalar(value: int) -> Tensor:
+            return torch.tensor(value, dtype=torch.int64, device=sample_id.device)
+
+        return Draws(scalar(seed), scalar(step), sample_id)
 
     def of(self, modality: Modality) -> Draws:
         """The same draws, made by another tower."""

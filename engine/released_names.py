@@ -108,7 +108,10 @@ def _patches(ours: str, projection: str, positions: str, modality: str) -> Itera
 
 
 def _specific(base: str, config: RunConfig) -> Iterator[Name]:
-    for modality, folder, projection in (("video", "vid_backbone", "voxel_to_patch"), ("audio", "aud_backbone", "wave_to_patch")):
+    for modality, folder, projection in (
+        ("video", "vid_backbone", "voxel_to_patch"),
+        ("audio", "aud_backbone", "wave_to_patch"),
+    ):
         tower = f"{base}/{folder}/_base"
         yield Name(f"{modality}.aggregate", (f"{tower}/agg_embedding",))
         yield from _patches(f"{modality}.tokens", f"{tower}/{projection}", f"{tower}/pos_embedding_lookup", modality)

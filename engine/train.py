@@ -76,7 +76,8 @@ def pretrain(config: RunConfig) -> int:
     """
     config = config.with_buckets()
     if not config.data.train:
-        raise ConfigError("data.train: no catalogue named; make one with `vatt data sample-world`, or see README, Your own data")
+        remedy = "make one with `vatt data sample-world`, or see README, Your own data"
+        raise ConfigError(f"data.train: no catalogue named; {remedy}")
     catalogue = Catalogue.read(config.data.train)
     test = Catalogue.read(config.data.test) if config.data.test else None
     with joined(config.backend) as process:
@@ -102,7 +103,8 @@ def build(
 ) -> tuple[Run, int]:
     """The run, and the number of steps it has already done."""
     backend = make_backend(VATT(config), config, rank=process.rank, world_size=process.world_size, device=process.device)
-    run = Run(config, process, backend, loader, vocabulary, directory, torch.zeros((), dtype=torch.int64, device=process.device))
+    skipped = torch.zeros((), dtype=torch.int64, device=process.device)
+    run = Run(config, process, backend, loader, vocabulary, directory, skipped)
     first = 0
     checkpoint = newest_checkpoint(config.output)
     if checkpoint is not None:

@@ -73,9 +73,9 @@ def seed_key(seed: Any) -> tuple[Any, Any]:
 def words(seed: int, stream: int, step: int, sample_id: int, count: int) -> np.ndarray:
     """`count` words in [0, 2^32) as int64 (NumPy)."""
     position = np.arange(-(-count // 4), dtype=np.int64)
-    fixed = [np.full_like(position, value & _MASK) for value in (sample_id, step, stream)]
-    key = tuple(np.full_like(position, k) for k in seed_key(seed))
-    return np.stack(philox((position, *fixed), key), axis=-1).reshape(-1)[:count]
+    sample, at, draw = (np.full_like(position, value & _MASK) for value in (sample_id, step, stream))
+    low, high = (np.full_like(position, key) for key in seed_key(seed))
+    return np.stack(philox((position, sample, at, draw), (low, high)), axis=-1).reshape(-1)[:count]
 
 
 def uniform(seed: int, stream: int, step: int, sample_id: int, count: int) -> np.ndarray:

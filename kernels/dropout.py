@@ -37,7 +37,8 @@ class _Dropout(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        mask = keep_mask(grad.shape, ctx.rate, *ctx.saved_tensors, ctx.stream)
+        seed, step, sample_id = ctx.saved_tensors
+        mask = keep_mask(grad.shape, ctx.rate, seed, step, sample_id, ctx.stream)
         return grad * mask / (1.0 - ctx.rate), None, None, None, None, None
 
 

@@ -14,8 +14,10 @@ from torch import Tensor
 from vatt.kernels.linear import linear
 
 
-def read_video_patches(video_BTCHW: Tensor, patch: tuple[int, int, int], grid: tuple[int, int, int], index_BK: Tensor | None) -> Tensor:
+def read_video_patches(video_BTCHW: Tensor, patch: tuple[int, ...], grid: tuple[int, ...], index_BK: Tensor | None) -> Tensor:
     """(B, K, F) patches in [-1, 1]: float32 from uint8 frames, else in the frames' own dtype.
+
+    patch: frames, rows and columns of one; grid: how many of them along time, rows and columns.
 
     Pixels beyond the grid are left out (remainder = floor); a grid larger than the frame pads with 0, the middle of
     the range (remainder = ceil). index_BK int64, or None for every patch in order.

@@ -12,13 +12,23 @@ import pytest
 import torch
 from torch import Tensor
 
-from vatt.engine.config import AudioConfig, EncoderConfig, HeadsConfig, LossConfig, ModelConfig, OptimizerConfig, RunConfig
-from vatt.engine.config import DataConfig, TextConfig, VideoConfig
+from vatt.engine.config import (
+    AudioConfig,
+    DataConfig,
+    EncoderConfig,
+    HeadsConfig,
+    LossConfig,
+    ModelConfig,
+    OptimizerConfig,
+    RunConfig,
+    TextConfig,
+    VideoConfig,
+)
 from vatt.engine.data.batch import Batch
 from vatt.engine.loss import contrastive_losses
 from vatt.engine.model import VATT, Kept
 from vatt.engine.optimizer import Adam
-from vatt.engine.released_names import ROOT, from_released, to_released
+from vatt.engine.released_names import from_released, to_released
 
 GOLDEN = Path(__file__).parent / "golden"
 
@@ -161,7 +171,9 @@ def test_specific_inference_layer_by_layer(specific: Golden) -> None:
     tower, grid = model.video.tokens, (2, 2, 3)
     bare = seen["video.tokens"] - tower.positions(grid)
     assert_activation(bare, specific["eval/video/patch_proj_bthwd"].flatten(1, 3), "video projection")
-    assert_activation(seen["audio.tokens"] - model.audio.tokens.positions((10,)), specific["eval/audio/patch_proj"], "audio projection")
+    assert_activation(
+        seen["audio.tokens"] - model.audio.tokens.positions((10,)), specific["eval/audio/patch_proj"], "audio projection"
+    )
     text = specific.under("eval/text/")
     assert_activation(seen["text.relative_bias"], text["rel_bias_no_mask"], "relative bias")
     for i in range(3):
@@ -210,7 +222,9 @@ def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
         # Batch norm over 3 or 4 rows divides by standard deviations down to 0.02: the stored fp32 outputs are themselves
         # up to 2e-4 from fp64. Ours may not be further from them than that, plus the usual tolerance.
         noise = (exact - stored).abs().max().item()
-        assert noise <= (2.5e-4 if ours in ("video_audio", "video_text") else 2e-5), f"{key}: fp64 is {noise:.1e} from the golden array"
+        assert noise <= (2.5e-4 if ours in ("video_audio", "video_text") else 2e-5), (
+            f"{key}: fp64 is {noise:.1e} from the golden array"
+        )
         assert (value - stored).abs().max() <= noise + 2e-5, key
     for m in ("video", "audio", "text"):
         assert_activation(getattr(space, f"{m}_features").detach(), golden[f"train/{m}/features_pooled"], f"{m} AGG")
@@ -264,7 +278,9 @@ def test_three_adam_steps(specific: Golden) -> None:
     batch = batch_of(specific)
     for expected in specific["train/loss_trajectory_total_vidtxt_vidaud"]:
         losses = contrastive_losses(model(batch, kept=kept_of(specific, len(batch))), LossConfig())
-        for ours, value, name in zip((losses.total, losses.video_text, losses.video_audio), expected, ("total", "vt", "va"), strict=True):
+        for ours, value, name in zip(
+            (losses.total, losses.video_text, losses.video_audio), expected, ("total", "vt", "va"), strict=True
+        ):
             assert_loss(ours, value, name)
         optimizer.zero_grad()
         losses.total.backward()

@@ -108,7 +108,11 @@ def test_a_frozen_word_table_is_loaded_and_not_trained(tmp_path) -> None:
 
 def test_initial_scales_are_the_released_ones() -> None:
     """official-vatt section 3: projections start at 0.05 (video) and 0.03 (audio) beside positions of 1."""
-    model = VATT(replace(RunConfig(), model=ModelConfig(video=VideoConfig(layers=1), audio=AudioConfig(layers=1), text=TextConfig(layers=1))))
+    model = VATT(
+        replace(
+            RunConfig(), model=ModelConfig(video=VideoConfig(layers=1), audio=AudioConfig(layers=1), text=TextConfig(layers=1))
+        )
+    )
     noise = torch.rand(1, 32, 3, 224, 224) * 2 - 1
     with torch.no_grad():
         position = model.video.tokens.positions((8, 14, 14))
@@ -231,4 +235,6 @@ def test_linear_text_tower() -> None:
     torch.testing.assert_close(features[0], features[1])  # a set of words: order and repetition do not matter
     assert features[2].abs().max() == 0
     words = model.text.words.weight[torch.tensor([3, 4])]
-    torch.testing.assert_close(features[0], torch.relu(words @ model.text.projection.weight.T + model.text.projection.bias).amax(0))
+    torch.testing.assert_close(
+        features[0], torch.relu(words @ model.text.projection.weight.T + model.text.projection.bias).amax(0)
+    )

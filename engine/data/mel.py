@@ -38,7 +38,8 @@ def normalise(log_mel_NM: np.ndarray) -> np.ndarray:
 def mel_weights(bands: int, bins: int, rate: int, low_hz: float, high_hz: float) -> np.ndarray:
     """float64 (bins, bands): triangles whose sides are straight on the mel scale (HTK's); the bin at 0 Hz has no weight."""
     mel_K = _mel(np.linspace(0.0, rate / 2.0, bins))[:, None]
-    edges = np.linspace(_mel(np.float64(low_hz)), _mel(np.float64(high_hz)), bands + 2)
+    low, high = _mel(np.array([low_hz, high_hz]))
+    edges = np.linspace(low, high, bands + 2)
     rising_KM = (mel_K - edges[:-2]) / (edges[1:-1] - edges[:-2])
     falling_KM = (edges[2:] - mel_K) / (edges[2:] - edges[1:-1])
     weights_KM = np.maximum(0.0, np.minimum(rising_KM, falling_KM))
