@@ -57,7 +57,13 @@ _MARGIN_BYTES = 1 << 20
 
 
 class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written or used; the message names the file, what is wrong and the remedy, in one line."""
+    """A checkpoint that cannot be used or written; the message names the file, what is wrong and the remedy, in one line."""
+
+
+class CheckpointWriteError(CheckpointError):
+    """The disk is full or refuses: the run failed, nothing that the user typed was wrong."""
+
+    exit_code = 1
 
 
 def save_checkpoint(
@@ -68,7 +74,7 @@ def save_checkpoint(
     state: tensors on any device, named "model/..." or "adam/...". record: whatever JSON can hold; `step` is added.
     keep: how many verified checkpoints stay, this one included. Damaged ones are never deleted, nor counted.
 
-    Raises CheckpointError when there is no room or the disk refuses. What was saved before is then untouched, `latest`
+    Raises CheckpointWriteError when there is no room or the disk refuses. What was saved before is then untouched, `latest`
     included, and the attempt is removed.
     """
     folder = Path(run_directory) / "checkpoints"
@@ -95,7 +101,8 @@ def save_checkpoint(
         full = problem.errno in (errno.ENOSPC, errno.EDQUOT)
         remedy = "free some space, or lower checkpoint.keep" if full else "check the folder's permissions and its disk"
         reason = problem.strerror or str(problem)
-        raise CheckpointError(f"{final}: cannot be written: {reason}; {remedy}. Earlier checkpoints are intact") from problem
+        message = f"{final}: cannot be written: {reason}; {remedy}. Earlier checkpoints are intact"
+        raise CheckpointWriteError(message) from problem
     try:
         _retire(folder, keep)
     except OSError as problem:  # the new one is safe, and training goes on; the disk will say so again when it is full
@@ -235,7 +242,7 @@ def _require_room(folder: Path, step: int, needed: int) -> None:
     needed += _MARGIN_BYTES
     free = shutil.disk_usage(folder).free
     if free < needed:
-        raise CheckpointError(
+        raise CheckpointWriteError(
             f"{folder}: the checkpoint of step {step} needs {needed:,} bytes and {free:,} are free; "
             "free some space, or lower checkpoint.keep. Earlier checkpoints are intact"
         )

@@ -18,9 +18,10 @@ BATCH_NORM_EPSILON = 1e-5
 class BatchNorm(nn.Module):
     """Batch normalisation of rows that are already the whole global batch.
 
-    Parameters, buffers and arithmetic are fp32 whatever the rest of the model is cast to. The running variance is the
-    biased one (Keras; PyTorch's own keeps the unbiased). A batch with a non-finite statistic leaves the buffers alone,
-    so a bad step that the optimizer skips leaves no trace here either.
+    Statistics, buffers and arithmetic are fp32 always. Scale and shift are fp32 as well, and stay so when the model is cast
+    as a whole (`model.bfloat16()`); in bf16 training, though, a backend makes them bf16 working copies of fp32 masters like
+    every other parameter (see backend.interface). The running variance is the biased one (Keras; PyTorch's own keeps the
+    unbiased). A batch with a non-finite statistic leaves the buffers alone.
     """
 
     def __init__(self, features: int) -> None:
@@ -33,7 +34,7 @@ class BatchNorm(nn.Module):
         self.running_variance: Tensor
 
     def _apply(self, fn, recurse: bool = True):  # type: ignore[no-untyped-def]
-        """Follow the model to another device, but never to another dtype."""
+        """Follow the model to another device, never to another dtype: a bf16 running mean would swallow small moves."""
 
         def keep_dtype(t: Tensor) -> Tensor:
             moved = fn(t)

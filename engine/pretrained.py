@@ -20,7 +20,15 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from vatt.engine.checkpoint import MANIFEST, CheckpointError, load_checkpoint, newest_checkpoint, read_tensors, write_tensors
+from vatt.engine.checkpoint import (
+    MANIFEST,
+    CheckpointError,
+    CheckpointWriteError,
+    load_checkpoint,
+    newest_checkpoint,
+    read_tensors,
+    write_tensors,
+)
 from vatt.engine.config import ConfigError, RunConfig
 from vatt.engine.config_file import from_tree, load_run
 from vatt.engine.data.words import Vocabulary
@@ -47,7 +55,8 @@ def export_weights(
     """Write `config.json`, `model.safetensors` and `words.txt` into `folder`, all or none of them; returns it.
 
     model: the module, or its tensors by name; the names of a checkpoint's state ("model/...") will do. An earlier export
-    in `folder` is replaced. Raises CheckpointError if the folder holds something else, or the disk refuses.
+    in `folder` is replaced. Raises CheckpointError if the folder holds something else, its kind CheckpointWriteError if the
+    disk refuses.
     """
     final = Path(folder)
     if final.exists() and not _is_export(final) and (not final.is_dir() or any(final.iterdir())):
@@ -67,7 +76,7 @@ def export_weights(
         finally:
             shutil.rmtree(attempt, ignore_errors=True)  # nothing is there after success
     except OSError as problem:
-        raise CheckpointError(f"{final}: the weights cannot be written: {problem.strerror or problem}") from problem
+        raise CheckpointWriteError(f"{final}: the weights cannot be written: {problem.strerror or problem}") from problem
     return final
 
 

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 from vatt.engine import checkpoint, durable
 from vatt.engine.checkpoint import CheckpointError, find_damage, load_checkpoint, newest_checkpoint, save_checkpoint
+from vatt.engine.cli import explain
 
 
 @pytest.fixture(autouse=True)
@@ -270,8 +271,10 @@ def test_no_room_is_said_with_both_numbers_before_anything_is_written(tmp_path, 
     save(tmp_path, 1)
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage(10**9, 10**9 - 1000, 1000))
-    with pytest.raises(CheckpointError, match=r"step 2 needs 1,0\d\d,\d\d\d bytes and 1,000 are free.*checkpoint.keep"):
+    message = r"step 2 needs 1,0\d\d,\d\d\d bytes and 1,000 are free.*checkpoint.keep"
+    with pytest.raises(CheckpointError, match=message) as refused:
         save(tmp_path, 2)
+    assert explain(refused.value)[1] == 1, "the run failed; the user's input was fine"
     assert steps(tmp_path) == ["latest", "step-1"]
 
 
@@ -297,6 +300,7 @@ def test_an_error_of_the_disk_at_any_call_leaves_the_earlier_checkpoint_and_no_a
         except CheckpointError as problem:
             failed += 1
             assert "step-2" in str(problem) and "\n" not in str(problem)
+            assert explain(problem)[1] == 1
             assert ("checkpoint.keep" in str(problem)) == (number == errno.ENOSPC)
         finally:
             monkeypatch.setattr(os, name, real)

@@ -48,6 +48,17 @@ def test_statistics_of_bf16_rows_are_taken_in_fp32() -> None:
     assert ours.running_mean.equal(exact.running_mean)
 
 
+def test_working_copies_in_bf16_round_scale_and_shift_and_nothing_else() -> None:
+    """What a backend makes of the parameters in bf16 training (backend.interface)."""
+    ours, exact, x = random_norm().train(), random_norm().train(), rows(64)
+    for p, rounded in zip(ours.parameters(), exact.parameters(), strict=True):
+        p.data = p.data.bfloat16()
+        rounded.data = rounded.data.bfloat16().float()
+    assert ours(x).equal(exact(x)) and ours(x).dtype == torch.float32
+    ours(x).square().sum().backward()
+    assert ours.weight.grad.dtype == torch.bfloat16 and ours.running_mean.dtype == torch.float32
+
+
 def test_buffers_move_a_tenth_of_the_way_to_the_biased_statistics() -> None:
     norm, x = random_norm(), rows()
     before = norm.running_mean.clone(), norm.running_variance.clone()
