@@ -59,7 +59,8 @@ _LISTED = 6
 class RunDirectory:
     """A run's folder, created, or checked and continued.
 
-    Opening it raises ConfigError if the folder holds something else, or a run whose settings would compute other steps.
+    Opening it raises ConfigError if the folder holds something else, or a run whose settings would compute other steps
+    than those it has already taken.
     """
 
     def __init__(self, config: RunConfig) -> None:
@@ -73,6 +74,8 @@ class RunDirectory:
         self.progress: Progress | None = None
         self.resumed = self._check()
         self.path.mkdir(parents=True, exist_ok=True)
+        if not self._has_results():
+            self.words.unlink(missing_ok=True)  # of a start that failed, perhaps with another catalogue
         remove_dead_attempts(self.path)
         replace_file(self.path / "config.toml", to_toml(config))
 
@@ -82,7 +85,9 @@ class RunDirectory:
         device: its name, for the record.
         """
         self._record_start(step, world_size, device)
-        trim_metrics(self.metrics, step)
+        # A run that never stopped has no line at a step where only this one's end asked for it.
+        every = self.config.log.every
+        trim_metrics(self.metrics, step if step % every == 0 or step == self.config.steps else step - 1)
         self._metrics_file = open(self.metrics, "ab", buffering=0)  # noqa: SIM115 - open for the whole run
         sync_folder(self.path)
         self.progress = Progress(self.config.stop_after or self.config.steps, first=step)
@@ -148,6 +153,8 @@ class RunDirectory:
             raise ConfigError(f"output: {self.path} holds files and no config.toml, so it is not a run; name another folder")
         earlier = load_run(written)
         different = list(differences(earlier, self.config))
+        if different and not self._has_results():
+            return False  # it failed before its first step, perhaps for a setting that has now been corrected
         if different:
             more = f" and {len(different) - _LISTED} more" if len(different) > _LISTED else ""
             raise ConfigError(
@@ -155,6 +162,10 @@ class RunDirectory:
                 "Set them as they were to continue it, or name another folder"
             )
         return True
+
+    def _has_results(self) -> bool:
+        """Whether an earlier start left a logged step or a checkpoint."""
+        return bool(read_metrics(self.metrics)) or any((self.path / "checkpoints").glob("*"))
 
     def _record_start(self, step: int, world_size: int, device: str) -> None:
         starts = []

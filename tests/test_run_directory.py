@@ -43,7 +43,7 @@ def config(tmp_path):
             text=TextConfig(vocabulary=9, word_width=8, **TINY),
             heads=HeadsConfig(video_audio=8, video_text=6),
         ),
-        log=LogConfig(tensorboard=False),
+        log=LogConfig(every=1, tensorboard=False),
     )
 
 
@@ -72,7 +72,7 @@ def test_a_new_run_keeps_its_settings_and_says_where_it_ran(config):
 
 
 def test_other_settings_are_refused_and_named(config):
-    RunDirectory(config).close()
+    log_steps(config, 0, 1)
     other = replace(config, seed=5, data=replace(config.data, fps=5.0))
     with pytest.raises(
         ConfigError, match=r"output: .*seed was 0, is 5; data\.fps was 10\.0, is 5\.0.*name another folder"
@@ -92,8 +92,29 @@ def test_settings_that_change_no_step_may_change(config):
     )
     assert RunDirectory(other).resumed
     assert load_run(config.output + "/config.toml") == other
+    log_steps(other, 0, 1)
     with pytest.raises(ConfigError, match="backend.precision"):
         RunDirectory(replace(config, backend=BackendConfig(precision="fp32")))
+
+
+def test_a_start_that_failed_before_its_first_step_binds_nobody(config):
+    """As a batch does that was too large: the corrected setting must not be refused, nor the old vocabulary be used."""
+    with RunDirectory(config) as run:
+        run.start(0)
+        VOCABULARY.write(run.words)
+    other = replace(config, batch_size=4)
+    with RunDirectory(other) as run:
+        assert not run.resumed and not run.words.exists()
+    assert load_run(config.output + "/config.toml") == other
+
+
+def test_a_line_that_only_the_stop_asked_for_goes_when_the_run_goes_on(config):
+    sparse = replace(config, log=replace(config.log, every=5))
+    for first, stop in ((0, 5), (5, 7), (7, 10)):
+        with RunDirectory(sparse) as run:
+            run.start(first)
+            run.log({"step": stop})
+    assert [line["step"] for line in read_metrics(run.metrics)] == [5, 10]
 
 
 def test_a_folder_of_something_else_is_left_alone(config, tmp_path):

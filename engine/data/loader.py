@@ -127,6 +127,7 @@ class ClipLoader:
                 f"batch_size: {config.batch_size} is more than the {len(catalogue)} clips of {catalogue.path}: a clip would be "
                 "its own negative; lower batch_size or add clips"
             )
+        _check_decoder(config)
         _check_vocabulary(config, vocabulary)
         self.config, self.catalogue = config, catalogue
         self.rows, self.rank = config.batch_size // world_size, rank
@@ -195,6 +196,7 @@ def evaluation_batches(
     rows a batch. Nothing is put in the place of an unreadable clip: its rows are left out, and it is reported once; with
     on_bad_clip = "error" it raises DecodeError.
     """
+    _check_decoder(config)
     _check_vocabulary(config, vocabulary)
     _check_files(config, catalogue, announce=True)
     windows, rows = config.evaluate.windows, config.evaluate.batch_size
@@ -244,6 +246,11 @@ def _settings(config: RunConfig, vocabulary: Vocabulary, cache_bytes: int, *, ke
 def _layout(config: RunConfig, slots: int, rows: int) -> SlotLayout:
     data = config.data
     return SlotLayout(slots, data.workers, rows, data.frames, data.size, data.captions, data.words, data.audio_samples)
+
+
+def _check_decoder(config: RunConfig) -> None:
+    if config.data.decoder == "dali":
+        raise ConfigError('data.decoder: "dali" does not decode anything yet; use "pyav" or "auto"')
 
 
 def _check_vocabulary(config: RunConfig, vocabulary: Vocabulary) -> None:

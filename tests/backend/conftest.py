@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 from pathlib import Path
 
 import pytest
@@ -18,15 +17,6 @@ FAST = {
     4: ["torch:0:fp32", "deepspeed:2:fp32"],
 }
 ALL = [*PLAIN, "deepspeed:0:fp32", *ZERO]
-
-
-@pytest.fixture(scope="session")
-def launch():
-    """tests/launch.py's function; that file is neither a test nor in a package, so it is loaded by path."""
-    spec = importlib.util.spec_from_file_location("launch", HERE.parent / "launch.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.launch
 
 
 def _runner(launch, folder: Path, cases: dict[int, list[str]]):
