@@ -59,6 +59,8 @@ def chunks(frames: int, pixels: int) -> Iterator[slice]:
 
 def resample(frames_THWC: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     """Bilinear samples as planar float32 (T, 3, h, w), in the units of `frames_THWC` (uint8 or float)."""
+    if not rows.weight.any() and not columns.weight.any():  # a crop alone: every tap is a pixel
+        return frames_THWC[:, _run(rows.low)][:, :, _run(columns.low)].transpose(0, 3, 1, 2).astype(np.float32)
     top, bottom = rows.low.min(), rows.high.max() + 1
     left, right = min(columns.low[0], columns.low[-1]), max(columns.high[0], columns.high[-1]) + 1
     source_THX = frames_THWC[:, top:bottom, left:right].astype(np.float32).reshape(len(frames_THWC), bottom - top, -1)
@@ -69,6 +71,13 @@ def resample(frames_THWC: np.ndarray, rows: Taps, columns: Taps) -> np.ndarray:
     wide_THX = _mix(source_THX[:, :, low_Cw], source_THX[:, :, high_Cw], np.tile(columns.weight, 3))
     planes = _mix(wide_THX[:, rows.low - top], wide_THX[:, rows.high - top], rows.weight[:, None])
     return planes.reshape(len(planes), len(rows), 3, len(columns)).transpose(0, 2, 1, 3)
+
+
+def _run(pixels: np.ndarray) -> slice | np.ndarray:
+    """The same pixels, as a slice if they follow one another: slices are not copied."""
+    first = int(pixels[0])
+    consecutive = np.array_equal(pixels, np.arange(first, first + len(pixels)))
+    return slice(first, first + len(pixels)) if consecutive else pixels
 
 
 def _mix(low: np.ndarray, high: np.ndarray, weight: np.ndarray) -> np.ndarray:

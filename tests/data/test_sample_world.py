@@ -14,7 +14,7 @@ from vatt.engine.data.sample_world import captions as words_of_the_world
 from vatt.engine.data.sample_world import combination, make_sample_world
 from vatt.engine.data.sample_world.controls import make_control
 from vatt.engine.data.sample_world.encode import write_clip
-from vatt.engine.data.sample_world.scene import FRAMES, RGB, draw_scene, positions, render
+from vatt.engine.data.sample_world.scene import FRAMES, RGB, SIZE, draw_scene, positions, render
 from vatt.engine.data.sample_world.sound import draw_sound
 from vatt.engine.data.sample_world.world import COLOURS, MOTIONS, SHAPES, Combination, combination_order, plan
 
@@ -89,7 +89,7 @@ def test_files_hold_what_the_container_promises(tmp_path: Path, container: str, 
                 assert media.streams.audio[0].rate == 48000
                 times = [float(frame.pts * frame.time_base) for frame in media.decode(video=0)]
             np.testing.assert_allclose(times, np.arange(FRAMES) / 10, atol=1e-6)
-            assert decode_video(tmp_path / row["video"]).shape == (40, 96, 96, 3)
+            assert decode_video(tmp_path / row["video"]).shape == (40, SIZE, SIZE, 3)
             sound = decode_audio(tmp_path / row["video"])
             assert 4.0 * 48000 <= len(sound) <= 4.05 * 48000
             assert np.sqrt(np.mean(sound**2)) > 0.02 and np.abs(sound).max() <= 1.0
@@ -132,7 +132,7 @@ def test_colour_and_shape_seen_are_those_labelled(world: Path) -> None:
         what = combination(row["labels"])
         seen = np.median(frames[mask], axis=0)
         assert names[np.square(table - seen).sum(axis=1).argmin()] == what.colour, (row["labels"], seen)
-        x, y = np.round(centre_on_torus(mask[:1])[0] * 96).astype(int)
+        x, y = np.round(centre_on_torus(mask[:1])[0] * SIZE).astype(int)
         masks.append(np.roll(mask[0], (48 - y, 48 - x), axis=(0, 1)).astype(float).ravel())
         shapes.append(what.shape)
     similarity = np.corrcoef(np.array(masks)) - 2 * np.eye(len(masks))
@@ -161,7 +161,7 @@ def test_one_decoded_frame_does_not_tell_the_motion(tmp_path: Path) -> None:
         path = tmp_path / "clip.mp4"
         write_clip(path, "mp4", render(draw_scene(what, 1, 0, index))[:8], 10, None, 48000)
         frame = decode_video(path)[7:8]
-        x, y = np.round(centre_on_torus(foreground(frame))[0] * 96).astype(int)
+        x, y = np.round(centre_on_torus(foreground(frame))[0] * SIZE).astype(int)
         crops.append(np.roll(frame[0], (48 - y, 48 - x), axis=(0, 1)).astype(float).ravel())
         motions.append(index % 8)
     similarity = np.corrcoef(np.array(crops)) - 2 * np.eye(len(crops))

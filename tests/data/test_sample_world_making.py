@@ -107,7 +107,7 @@ def test_interrupted_making_is_taken_up(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 def test_a_write_that_fails_leaves_nothing(tmp_path: Path) -> None:
-    frames = np.zeros((2, 96, 96, 3), dtype=np.uint8)
+    frames = np.zeros((2, 64, 64, 3), dtype=np.uint8)
     with pytest.raises(ValueError):
         write_clip(tmp_path / "clip.mp4", "mp4", frames, 10, np.zeros((2, 3, 4), dtype=np.float32), 48000)
     assert list(tmp_path.iterdir()) == []

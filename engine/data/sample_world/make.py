@@ -84,7 +84,7 @@ def make_sample_world(
 ) -> None:
     """Write OUT/train.jsonl, OUT/test.jsonl, OUT/world.json and the clips they name (OUT/train/00000.mp4, ...).
 
-    A clip is 4 s long: 40 frames of 96 x 96 pixels at 10 per second, 48 kHz sound. No combination of shape, colour and
+    A clip is 4 s long: 40 frames of 64 x 64 pixels at 10 per second, 48 kHz sound. No combination of shape, colour and
     motion of the test split occurs in training. Catalogues are written last; an interrupted making is taken up by the
     same call, and a finished one is checked for missing files only.
 

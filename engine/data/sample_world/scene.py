@@ -16,7 +16,7 @@ import numpy as np
 from vatt.engine.data.sample_world.world import MOTIONS, Combination
 from vatt.kernels.counter import Stream, uniform
 
-SIZE = 96
+SIZE = 64
 """Height and width of the picture, pixels."""
 FPS = 10
 FRAMES = 40
