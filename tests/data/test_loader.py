@@ -170,6 +170,28 @@ def bad_rows(studio, clips, folder):
     return [*good[:5], *({"id": name, "video": name} for name in bad), *good[5:]]
 
 
+def test_substitutes_are_the_other_clips_each_as_often():
+    for index in (0, 2, 5):
+        drawn = np.bincount([substitute(index, attempt, 11, 6) for attempt in range(1, 3001)], minlength=6)
+        assert drawn[index] == 0 and len(drawn) == 6
+        assert np.delete(drawn, index).min() > 500, drawn
+
+
+def test_a_substitute_that_is_bad_too_gives_way_to_the_next_of_the_same_list(studio, clips, tmp_path):
+    """Of 17 clips, only three can be read: most first substitutes are bad themselves."""
+    (tmp_path / "text.mp4").write_text("not a film")
+    rows = catalogue(studio, tmp_path, [*clips.rows[:3], *({"id": f"b{i}", "video": "text.mp4"} for i in range(14))])
+    with ClipLoader(config(), rows, SEVEN_WORDS) as loader:
+        for batch in loader.batches(0, 3):
+            for sample, text in zip(batch.sample_id.tolist(), batch.text, strict=True):
+                attempt, shown = 0, sample
+                while shown > 2:
+                    attempt += 1
+                    shown = substitute(sample, attempt, 11, 17)
+                assert text[0, 1] == SEVEN_WORDS.encode(rows[shown].id.removeprefix("clip-"), 1)[0]
+        assert loader.counts["substituted"] == sum(s > 2 for step in range(3) for s in batch_samples(step, BATCH, 11, 17))
+
+
 @pytest.mark.parametrize("data", [{}, {"workers": 2, "cache": "memory"}])
 def test_bad_clips_are_replaced_and_counted(studio, clips, tmp_path, caplog, data):
     rows = catalogue(studio, tmp_path, bad_rows(studio, clips, tmp_path))

@@ -32,6 +32,13 @@ def test_the_order_is_shuffled():
     assert np.bincount(first, minlength=8).min() > 400
 
 
+def test_stored_orders():
+    """The order of a seed never changes: a run that is resumed with a later version still sees each clip once."""
+    assert permute(np.arange(10), np.zeros(10, dtype=np.int64), 7, 10).tolist() == [2, 8, 3, 5, 7, 6, 1, 0, 4, 9]
+    assert permute(np.arange(10), np.full(10, 3), 7, 10).tolist() == [3, 8, 1, 7, 6, 5, 2, 0, 4, 9]
+    assert batch_samples(10**6, 4, 1 << 40 | 5, 10**7).tolist() == [9443914, 4130831, 7804848, 8480786]
+
+
 def test_batches_are_consecutive_positions_of_one_stream():
     stream = [sample_at(position, 5, 37) for position in range(120)]
     assert sorted(stream[:37]) == sorted(stream[37:74]) == list(range(37))

@@ -80,6 +80,12 @@ def test_zero_vectors_have_no_direction_and_no_nan():
     assert cosine_similarity(np.zeros((1, 3)), np.ones((2, 3))).tolist() == [[0.0, 0.0]]
 
 
+def test_short_vectors_have_a_direction_down_to_the_released_floor():
+    """1e-12 under the root: a length of 1e-6 is the shortest that still counts as 1."""
+    queries = np.array([[3.0, 4.0], [3e-6, 4e-6], [3e-7, 4e-7]])
+    np.testing.assert_allclose(cosine_similarity(queries, np.array([[6.0, 8.0]]))[:, 0], [1.0, 1.0, 0.5])
+
+
 def test_chance_is_the_mean_of_random_orders():
     assert chance(200) == {"R@1": 1 / 200, "R@5": 5 / 200, "R@10": 10 / 200, "median_rank": 100.5}
     assert chance(4)["R@5"] == 1.0
