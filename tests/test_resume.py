@@ -165,7 +165,9 @@ def calm_small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Pat
 
 @pytest.mark.slow
 @pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
-def test_a_process_that_is_ended_in_the_middle(number: signal.Signals, calm_small: Path, small_run: Path, tmp_path: Path) -> None:
+def test_a_process_that_is_ended_in_the_middle(
+    number: signal.Signals, calm_small: Path, small_run: Path, tmp_path: Path
+) -> None:
     output = tmp_path / "run"
     command = [str(VATT), "pretrain", str(small_run), "--output", str(output), "--steps", "40", "--data.workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
