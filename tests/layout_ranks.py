@@ -33,13 +33,15 @@ def main(config_path: str, out: str, *layouts: str) -> None:
     base = load_run(config_path)
     catalogue = Catalogue.read(base.data.train)
     vocabulary = Vocabulary.build([c.text for clip in catalogue for c in clip.captions], base.model.text.vocabulary)
-    with joined(base.backend) as process:
-        with ClipLoader(base, catalogue, vocabulary, rank=process.rank, world_size=process.world_size) as loader:
-            batches = list(loader.batches(0, STEPS))
-            results: dict[str, Any] = {"ids": [batch.sample_id.tolist() for batch in batches]}
-            for layout in layouts:
-                file = Path(out) / f"{process.world_size}-{layout}.pt"
-                results[layout] = ten_steps(configured(base, layout), process, loader, vocabulary, batches, file)
+    with (
+        joined(base.backend) as process,
+        ClipLoader(base, catalogue, vocabulary, rank=process.rank, world_size=process.world_size) as loader,
+    ):
+        batches = list(loader.batches(0, STEPS))
+        results: dict[str, Any] = {"ids": [batch.sample_id.tolist() for batch in batches]}
+        for layout in layouts:
+            file = Path(out) / f"{process.world_size}-{layout}.pt"
+            results[layout] = ten_steps(configured(base, layout), process, loader, vocabulary, batches, file)
     (Path(out) / f"{process.world_size}-{process.rank}.json").write_text(json.dumps(results))
 
 

@@ -13,10 +13,13 @@ import json
 import os
 import signal
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from vatt.engine import cli, train
+from vatt.engine.config import BackendConfig
 from vatt.engine.data.loader import ClipLoader
+from vatt.engine.distributed import joined
 
 RANK = int(os.environ.get("RANK", "0"))
 train_step, batches = train.train_step, ClipLoader.batches
@@ -40,13 +43,13 @@ def arrange(poison: list[int] | None, kill: list[int] | None) -> None:
 
 
 def main(runs: str) -> None:
-    port = int(os.environ.get("MASTER_PORT", "0"))
-    for number, run in enumerate(json.loads(Path(runs).read_text())):
-        # A port of its own: the store of the run before may not be gone yet.
-        os.environ["MASTER_PORT"] = str(port + number)
-        arrange(run.get("poison"), run.get("signal"))
-        code = cli.main(["pretrain", *run["arguments"]])
-        assert code == run.get("code", 0), f"{run}: exit code {code}"
+    with joined(BackendConfig(threads=1)) as process:
+        # DeepSpeed keeps the first group it met, so all runs share one.
+        train.joined = lambda config: nullcontext(process)
+        for run in json.loads(Path(runs).read_text()):
+            arrange(run.get("poison"), run.get("signal"))
+            code = cli.main(["pretrain", *run["arguments"]])
+            assert code == run.get("code", 0), f"{run}: exit code {code}"
 
 
 if __name__ == "__main__":

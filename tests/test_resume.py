@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,6 +16,7 @@ import pytest
 
 from vatt.engine import cli, train
 from vatt.engine.checkpoint import load_checkpoint, newest_checkpoint
+from vatt.engine.data.order import batch_samples
 from vatt.engine.run_directory import read_metrics
 
 STEPS = 20
@@ -79,8 +81,6 @@ def test_stopped_after_any_step(stop: int, calm: Path, micro_run: Path, tmp_path
     assert state(tmp_path / "run", stop) == state(calm, stop)
     assert pretrain(micro_run, tmp_path / "run", "--stop_after", STEPS, *DROPPED) == 0
     assert_same_run(tmp_path / "run", calm)
-    from vatt.engine.data.order import batch_samples
-
     assert samples == [(step, batch_samples(step, 4, 3, 6).tolist()) for step in range(STEPS)], "each step once, in order"
 
 
@@ -248,11 +248,15 @@ def test_a_signal_to_one_rank_stops_both_after_the_same_step(
 
 
 @pytest.mark.slow
-def test_another_layout_goes_on(launch: Callable[..., list[str]], micro_run: Path, tmp_path: Path, calm: Path) -> None:
-    """Begun by two ranks of ZeRO-3, finished by one rank of PyTorch: the losses of the run that never changed."""
-    arguments = [str(micro_run), "--output", str(tmp_path / "run"), "--stop_after", "8", *backend("zero3-fp32"), *DROPPED]
-    on_ranks(launch, 2, tmp_path, [{"arguments": arguments}])
-    assert pretrain(micro_run, tmp_path / "run", "--stop_after", STEPS, *DROPPED) == 0
-    ours, expected = ([line["loss"] for line in learned(run)] for run in (tmp_path / "run", calm))
-    assert ours == pytest.approx(expected, rel=1e-4)
-    assert ours[0] == pytest.approx(expected[0], rel=1e-6)
+def test_another_layout_goes_on(launch: Callable[..., list[str]], micro_run: Path, tmp_path: Path) -> None:
+    """What two ranks of ZeRO-3 began goes on under PyTorch alone with the losses it would have had."""
+    arguments = [str(micro_run), "--output", str(tmp_path / "run"), *backend("zero3-fp32"), *DROPPED]
+    on_ranks(launch, 2, tmp_path, [{"arguments": [*arguments, "--stop_after", "8"]}])
+    shutil.copytree(tmp_path / "run", tmp_path / "moved")
+    on_ranks(launch, 2, tmp_path, [{"arguments": [*arguments, "--stop_after", "11"]}])
+    assert pretrain(micro_run, tmp_path / "moved", "--stop_after", 11, *DROPPED) == 0
+    ours, expected = ([line["loss"] for line in learned(tmp_path / run)] for run in ("moved", "run"))
+    assert ours[:8] == expected[:8]
+    assert ours[8] == pytest.approx(expected[8], rel=1e-5)
+    # In batches of four, batch norm multiplies rounding errors with every step.
+    assert ours[9:] == pytest.approx(expected[9:], rel=2e-3)
