@@ -121,12 +121,15 @@ def _cuda() -> tuple[str, str]:
     answer = _child(
         """
         import torch
-        torch.cuda.init()
+        if torch.backends.cuda.is_built():
+            torch.cuda.init()
         devices = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
         answer = [torch.version.cuda, [f"{d.name} ({d.total_memory / 2**30:.0f} GiB, sm_{d.major}{d.minor})" for d in devices]]
         """
     )
     version, devices = answer
+    if not version:
+        raise NotUsable("this torch is built without CUDA")
     return version, ", ".join(devices)
 
 
