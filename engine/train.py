@@ -72,7 +72,8 @@ def pretrain(config: RunConfig) -> int:
     """Pre-train as `config` says, from its newest checkpoint if there is one; the exit code.
 
     0: trained to the end (or to `stop_after`) and evaluated; EXIT_INTERRUPTED: a signal came and the run was saved.
-    Raises ConfigError and CatalogueError for what cannot be used, before anything is written.
+    Raises ConfigError and CatalogueError for what cannot be used, before the first step; a run directory that holds no
+    step yet stands in nobody's way.
     """
     config = config.with_buckets()
     if not config.data.train:

@@ -159,17 +159,17 @@ def test_a_finished_run_is_only_evaluated_again(micro_run: Path, tmp_path: Path,
 def calm_small(small_run: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The small run, undisturbed."""
     output = tmp_path_factory.mktemp("calm_small") / "run"
-    assert pretrain(small_run, output, "--steps", 40) == 0
+    assert pretrain(small_run, output, "--steps", 30) == 0
     return output
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM, signal.SIGINT])
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
 def test_a_process_that_is_ended_in_the_middle(
     number: signal.Signals, calm_small: Path, small_run: Path, tmp_path: Path
 ) -> None:
     output = tmp_path / "run"
-    command = [str(VATT), "pretrain", str(small_run), "--output", str(output), "--steps", "40", "--data.workers", "2"]
+    command = [str(VATT), "pretrain", str(small_run), "--output", str(output), "--steps", "30", "--data.workers", "2"]
     process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
     deadline = time.monotonic() + 120
     while len(read_metrics(output / "metrics.jsonl")) < 8 and process.poll() is None and time.monotonic() < deadline:
@@ -183,11 +183,11 @@ def test_a_process_that_is_ended_in_the_middle(
     checkpoint = newest_checkpoint(output)
     assert checkpoint is not None
     saved = load_checkpoint(checkpoint)[1]["step"]
-    assert 5 <= saved < 40 and checkpoint.name == f"step-{saved}"
+    assert 5 <= saved < 30 and checkpoint.name == f"step-{saved}"
     if number != signal.SIGKILL:
         assert saved == read_metrics(output / "metrics.jsonl")[-1]["step"]
     assert subprocess.run(command, timeout=120).returncode == 0
-    assert_same_run(output, calm_small, 40)
+    assert_same_run(output, calm_small, 30)
     assert json.loads((output / "evaluation.json").read_text()) == json.loads((calm_small / "evaluation.json").read_text())
 
 
@@ -212,7 +212,10 @@ def backend(name: str) -> list[str]:
 @pytest.mark.parametrize("ranks", [1, 2])
 def test_every_backend_goes_on_exactly(ranks: int, launch: Callable[..., list[str]], micro_run: Path, tmp_path: Path) -> None:
     """Each layout is stopped elsewhere: after a step on request, and by a signal that only the last rank gets."""
-    layouts = [f"{layout}-{precision}" for layout in ("torch", "zero1", "zero2", "zero3") for precision in ("fp32", "bf16")]
+    steps = 12
+    layouts = ["torch-bf16", "zero1-bf16", "zero3-fp32"]
+    if ranks > 1:
+        layouts += ["torch-fp32", "zero1-fp32", "zero2-fp32", "zero2-bf16", "zero3-bf16"]
     runs: list[dict[str, object]] = []
     for number, name in enumerate(layouts):
 
@@ -220,15 +223,15 @@ def test_every_backend_goes_on_exactly(ranks: int, launch: Callable[..., list[st
             given = ["--output", str(tmp_path / f"{name}-{run}"), "--stop_after", str(stop)]
             return [str(micro_run), *given, *backend(name), *DROPPED]
 
-        runs.append({"arguments": arguments("calm", STEPS)})
-        runs.append({"arguments": arguments("stopped", 3 + number)})
-        runs.append({"arguments": arguments("stopped", STEPS), "signal": [11 + number % 4, ranks - 1], "code": 75})
-        runs.append({"arguments": arguments("stopped", STEPS)})
+        runs.append({"arguments": arguments("calm", steps)})
+        runs.append({"arguments": arguments("stopped", 1 + number % 5)})
+        runs.append({"arguments": arguments("stopped", steps), "signal": [6 + number % 4, ranks - 1], "code": 75})
+        runs.append({"arguments": arguments("stopped", steps)})
     said = on_ranks(launch, ranks, tmp_path, runs)
     assert said[0].count("saved after step") == len(layouts)
     assert all("saved after step" not in text for text in said[1:])
     for name in layouts:
-        assert_same_run(tmp_path / f"{name}-stopped", tmp_path / f"{name}-calm")
+        assert_same_run(tmp_path / f"{name}-stopped", tmp_path / f"{name}-calm", steps)
         assert len(json.loads((tmp_path / f"{name}-stopped/environment.json").read_text())["starts"]) == 3
 
 
