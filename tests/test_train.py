@@ -279,7 +279,7 @@ def synthetic_batch(step: int, config: Any) -> Batch:
     generator, data, count = np.random.default_rng(step), config.data, config.batch_size
     text = generator.integers(2, config.model.text.vocabulary, (count, data.captions, data.words))
     text[:, :, 5:] = 0
-    text[3] = 0
+    text[4, 1] = 0  # a candidate without words in a clip that has others; clip 3 has words that do not count
     audio = generator.integers(-100, 100, (count, data.audio_samples)).astype(np.float32) / 128
     video = generator.integers(0, 256, (count, data.frames, 3, data.size, data.size), dtype=np.uint8)
     has_audio = np.arange(count) != 5
