@@ -28,7 +28,7 @@ $(READY): pyproject.toml setup.py constraints.txt
 
 $(WORLD)/train.jsonl: | $(READY)
 	@echo "making the sample world"
-	@start=$$(date +%s); $(BIN)/vatt data sample-world $(WORLD) --train 1000 --test 200 --seed 0 && \
+	@start=$$(date +%s); $(BIN)/vatt data sample-world $(WORLD) --train 1600 --test 200 --seed 0 && \
 	  echo "sample world: $$(( $$(date +%s) - start )) s"
 
 demo: $(READY) $(WORLD)/train.jsonl ## pre-train a tiny VATT on real clips made here, evaluate it, write its report

@@ -8,7 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 # Before torch is imported: several processes share few cores in the multi-rank tests.
-os.environ.setdefault("OMP_NUM_THREADS", "2")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # see engine.cli.main
 
 import numpy as np
 import pytest
