@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib.util
 import os
+import signal
 from collections.abc import Callable
 from pathlib import Path
 
@@ -16,6 +17,11 @@ import pytest
 import torch
 
 GOLDEN = Path(__file__).parent / "golden"
+
+
+# A shell that starts the suite in the background hands it SIGINT ignored, which every child would inherit; tests that send
+# Ctrl-C to a child mean a child started the ordinary way.
+signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
