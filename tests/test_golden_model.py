@@ -214,7 +214,10 @@ def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
     config = specific_config() if name == "specific" else agnostic_config()
     model = build(golden, config).train()
     batch = batch_of(golden)
+    tokens = every_output_token(model)
     space = model(batch, kept=kept_of(golden, len(batch)))
+    for m, expected in (("video", golden["train/video/features"]), ("audio", golden["train/audio/features"])):
+        assert_activation(tokens[m], expected, f"{m} features of the kept tokens, in their order")
     truth = training_space_fp64(golden, config)
     for ours, key in HEADS.items():
         value, exact, stored = getattr(space, ours).detach(), getattr(truth, ours).float(), golden[f"train/head/{key}"]
@@ -239,6 +242,25 @@ def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
         after = to_released(model.state_dict(), config)
         for key, value in golden.under("after1_bn/").items():
             assert_activation(after[key], value, key)
+
+
+def every_output_token(model: VATT) -> dict[str, Tensor]:
+    """What the next forward pass puts out for the kept tokens of video and audio, AGG apart, filled in as it runs."""
+    tokens: dict[str, Tensor] = {}
+
+    if not model.agnostic:
+        model.video.encoder.register_forward_hook(lambda _, __, out: tokens.__setitem__("video", out[:, 1:].detach()))
+        model.audio.encoder.register_forward_hook(lambda _, __, out: tokens.__setitem__("audio", out[:, 1:].detach()))
+        return tokens
+
+    # The towers share one encoder and project AGG alone; the released code projects every token.
+    def project(module, args, out: Tensor) -> None:
+        name = ("video", "audio", "text")[len(tokens)]
+        with torch.no_grad():
+            tokens[name] = getattr(model, name).post_projection(out[:, 1:])
+
+    model.encoder.register_forward_hook(project)
+    return tokens
 
 
 def training_space_fp64(golden: Golden, config: RunConfig):
