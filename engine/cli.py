@@ -272,8 +272,8 @@ def _end_of(name: str, arguments: Sequence[str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run one command and return its exit code; every error is one line on stderr."""
-    # OpenMP threads that spin while they wait starve each other as soon as anything else runs on a core: with two other
-    # busy processes on two cores, a step of the tiny run took 4.4 s instead of 0.25. Read when torch is first imported.
+    # OpenMP threads that spin while they wait starve each other as soon as anything else runs on a core, many times over
+    # (benchmarks/LOG.md). The variable is read when torch is first imported.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     arguments = list(sys.argv[1:] if arguments is None else arguments)
     plain, overrides = take_overrides(arguments)

@@ -21,7 +21,7 @@ def test_a_row_becomes_a_clip(tmp_path):
         "captions": [{"start": 0.5, "end": 2, "text": "one"}, {"text": "all of it"}],
     }  # fmt: skip
     catalogue = read(
-        tmp_path, "", row, {"id": "b", "video": "http://x/b.mp4"}, {"id": "c", "video": "/root/c.mp4", "start": None}
+        tmp_path, "", row, {"id": "b", "video": "http://x/b.mp4"}, {"id": "c", "video": "/elsewhere/c.mp4", "start": None}
     )
     clip = catalogue[0]
     assert len(catalogue) == 3 and clip.id == "a" and clip.row == 2
@@ -29,7 +29,7 @@ def test_a_row_becomes_a_clip(tmp_path):
     assert (clip.start, clip.end, clip.labels, clip.source) == (1.0, 9.5, ("x",), "audioset")
     assert [(c.start, c.end, c.text) for c in clip.captions] == [(0.5, 2.0, "one"), (-math.inf, math.inf, "all of it")]
     assert catalogue[1].video == "http://x/b.mp4" and catalogue[1].start is None and catalogue[1].captions == ()
-    assert catalogue[2].video == "/root/c.mp4"
+    assert catalogue[2].video == "/elsewhere/c.mp4"
 
 
 def test_byte_order_mark_and_windows_line_ends(tmp_path):
