@@ -1,0 +1,74 @@
+"""bias_gelu: the middle of every feed-forward network."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from vatt.kernels.bias_gelu import bias_gelu, bias_gelu_eager, bias_gelu_reference
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.dropout import DropoutMask
+
+
+def _make(*shape: int, bias: bool = True, samples: int = 0, strided: bool = False) -> Make:
+    """samples: 0 for no dropout."""
+
+    def make(dtype: torch.dtype, device: torch.device) -> Arguments:
+        x = drawn((*shape[:-1], 2 * shape[-1]), dtype, device)[..., ::2] if strided else drawn(shape, dtype, device)
+        return {
+            "x": x,
+            "bias_C": drawn(shape[-1:], dtype, device, 1) if bias else None,
+            "dropout": mask(samples, device) if samples else None,
+        }
+
+    return make
+
+
+def mask(samples: int, device: torch.device, rate: float = 0.1, stream: int = 1030) -> DropoutMask:
+    """A dropout of a training step in the middle of a run."""
+    scalars = (torch.tensor(value, device=device) for value in (2**40 + 5, 123_456))
+    return DropoutMask(rate, *scalars, torch.arange(samples, device=device) * 1000 + 7, stream)
+
+
+def _launches(x: Tensor, bias_C: Tensor | None, dropout: DropoutMask | None) -> None:
+    from vatt.kernels.gpu.bias_gelu import backward, forward
+
+    backward(forward(x, bias_C, dropout), x, bias_C, dropout)
+
+
+def _shape(name: str, batch: int, tokens: int, hidden: int, samples: int = 0) -> Shape:
+    elements = batch * tokens * hidden
+    return Shape(
+        name,
+        _make(batch, tokens, hidden, samples=samples),
+        forward_bytes=2 * elements * 2,
+        backward_bytes=3 * elements * 2,
+    )
+
+
+ROW = Kernel(
+    name="bias_gelu",
+    op=bias_gelu,
+    reference=bias_gelu_reference,
+    eager=bias_gelu_eager,
+    differentiable=("x", "bias_C"),
+    cases=(
+        Case("one_row", _make(1, 64)),
+        Case("odd_rows", _make(3, 5, 96)),
+        Case("odd_columns", _make(7, 123)),
+        Case("one_column", _make(9, 1)),
+        Case("wider_than_a_block", _make(2, 70, 1030)),
+        Case("no_bias", _make(4, 6, 40, bias=False)),
+        Case("strided", _make(5, 72, strided=True)),
+        Case("dropout", _make(4, 9, 130, samples=4)),
+        Case("dropout_rows_of_a_clip", _make(6, 3, 64, samples=2)),
+        Case("dropout_without_bias", _make(3, 33, bias=False, samples=3)),
+    ),
+    shapes=(
+        _shape("video large, 50 % drop", 64, 785, 4096),
+        _shape("audio base, 50 % drop", 64, 601, 3072),
+        _shape("text small", 320, 17, 2048),
+        _shape("video large, dropout", 64, 785, 4096, samples=64),
+    ),
+    launches=_launches,
+)
