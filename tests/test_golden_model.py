@@ -221,10 +221,11 @@ def test_training_step(name: str, request: pytest.FixtureRequest) -> None:
     truth = training_space_fp64(golden, config)
     for ours, key in HEADS.items():
         value, exact, stored = getattr(space, ours).detach(), getattr(truth, ours).float(), golden[f"train/head/{key}"]
-        assert_activation(value, exact, f"{key} against fp64")
-        # Batch norm over 3 or 4 rows divides by standard deviations down to 0.02: the stored fp32 outputs are themselves
-        # up to 2e-4 from fp64. Ours may not be further from them than that, plus the usual tolerance.
+        # Batch norm over 3 or 4 rows divides by standard deviations down to 0.02: the stored fp32 outputs are themselves up to
+        # 2e-4 from fp64. Ours, whose last bits change with the processor's kernels, may not be further from it than they are.
         noise = (exact - stored).abs().max().item()
+        error = (value - exact).abs().max().item()
+        assert error <= max(2e-5, noise), f"{key}: {error:.1e} from fp64, the golden array {noise:.1e}"
         assert noise <= (2.5e-4 if ours in ("video_audio", "video_text") else 2e-5), (
             f"{key}: fp64 is {noise:.1e} from the golden array"
         )
