@@ -267,7 +267,9 @@ class BackendConfig:
     """What runs backward and the optimizer step."""
 
     name: Literal["deepspeed", "torch"] = option("deepspeed", "DeepSpeed's engine, or its plain-PyTorch twin.")
-    zero_stage: Literal[0, 1, 2, 3] = option(1, "DeepSpeed: what is sharded over the ranks (ZeRO).")
+    zero_stage: Literal[0, 1, 2, 3] = option(
+        1, "What is divided over the ranks (ZeRO): nothing, Adam, + gradients, + weights; torch knows 0 and 1."
+    )
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 weights with fp32 masters, or fp32 throughout.")
     gradient_accumulation_steps: int = option(1, "Must stay 1: accumulation would shrink the set of negatives.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train.")

@@ -1,6 +1,6 @@
 """One rank of tests/test_layouts.py: ten steps of a small run under each of the given layouts, dropout on.
 
-    python layout_ranks.py CONFIG OUT LAYOUT...      with LAYOUT = torch-fp32, zero1-bf16, ...
+    python layout_ranks.py CONFIG OUT LAYOUT...      with LAYOUT = torch-fp32, sharded-fp32, zero1-bf16, ...
 
 Writes OUT/WORLD_SIZE-RANK.json, and on rank 0 the first step's gradients as OUT/WORLD_SIZE-LAYOUT.pt.
 """
@@ -53,8 +53,8 @@ def configured(base: RunConfig, layout: str) -> RunConfig:
     number, after which the losses differ by all of bf16's noise, several thousandths in a model as small as this.
     """
     name, precision = layout.split("-")
-    backend = replace(base.backend, name="torch", precision=precision)
-    if name != "torch":
+    backend = replace(base.backend, name="torch", zero_stage=int(name == "sharded"), precision=precision)
+    if name.startswith("zero"):
         backend = replace(backend, name="deepspeed", zero_stage=int(name.removeprefix("zero")))
     optimizer = base.optimizer if precision == "fp32" else OptimizerConfig()
     return replace(base, backend=backend, optimizer=optimizer).with_buckets()

@@ -15,8 +15,8 @@ import pytest
 import torch
 
 SCRIPT = Path(__file__).parent / "layout_ranks.py"
-FAST = {1: ("torch-fp32",), 2: ("torch-fp32", "zero1-fp32")}
-LAYOUTS = tuple(f"{layout}-{precision}" for precision in ("fp32", "bf16") for layout in ("torch", "zero1", "zero2", "zero3"))
+FAST = {1: ("torch-fp32",), 2: ("torch-fp32", "sharded-fp32", "zero1-fp32")}
+LAYOUTS = tuple(f"{layout}-{precision}" for precision in ("fp32", "bf16") for layout in ("torch", "sharded", "zero1", "zero2", "zero3"))
 ALL = {1: LAYOUTS, 2: LAYOUTS, 4: LAYOUTS}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 
@@ -60,7 +60,8 @@ def check_losses(folder: Path, layout: str, world_size: int) -> None:
     expected = torch.tensor(results(folder, 1)[f"torch-{precision}"]["losses"])
     assert len({round(total, 4) for total in expected[:, 0].tolist()}) == len(expected), "no two steps are alike"
     if precision == "fp32":
-        assert expected[-1, 0] < expected[0, 0], "ten steps of training lower the loss"
+        # Halves: dropout and the clips of a batch move a single loss by more than ten steps do.
+        assert expected[5:, 0].mean() < expected[:5, 0].mean(), "ten steps of training lower the loss"
     for rank in range(world_size):
         result = results(folder, world_size, rank)[layout]
         assert result["skipped"] == 0

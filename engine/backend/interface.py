@@ -1,4 +1,4 @@
-"""What runs backward and the optimizer step. Two implementations, one meaning: `deepspeed` and `plain`.
+"""What runs backward and the optimizer step. Three implementations, one meaning: `deepspeed`, `plain` and `sharded`.
 
 Shared policy. In bf16, every floating parameter of the module is a bf16 working copy of an fp32 master, batch norm's
 scale and shift included (their buffers and arithmetic stay fp32); gradients come out of backward in bf16, are averaged
@@ -63,6 +63,16 @@ def make_backend(model: nn.Module, config: RunConfig, *, rank: int, world_size: 
         from vatt.engine.backend.deepspeed import DeepSpeedBackend
 
         return DeepSpeedBackend(model, config, rank=rank, world_size=world_size, device=device)
+    stage = config.backend.zero_stage
+    if stage > 1:
+        raise ConfigError(
+            f"backend.zero_stage: {stage} needs backend.name = 'deepspeed'; "
+            "'torch' divides Adam over the ranks (1) or nothing (0)"
+        )
+    if stage == 1 and world_size > 1:
+        from vatt.engine.backend.sharded import ShardedBackend
+
+        return ShardedBackend(model, config, rank=rank, world_size=world_size, device=device)
     from vatt.engine.backend.plain import PlainBackend
 
     return PlainBackend(model, config, rank=rank, world_size=world_size, device=device)

@@ -9,14 +9,15 @@ import torch
 
 HERE = Path(__file__).parent
 PLAIN = ["torch:0:fp32", "torch:0:bf16"]
+SHARDED = ["torch:1:fp32", "torch:1:bf16"]
 ZERO = [f"deepspeed:{stage}:{precision}" for precision in ("fp32", "bf16") for stage in (1, 2, 3)]
 # What the fast tests run; the slow ones run everything everywhere.
 FAST = {
     1: [*PLAIN, "deepspeed:0:fp32", "deepspeed:1:fp32", "deepspeed:1:bf16"],
-    2: [*PLAIN, "deepspeed:1:fp32", "deepspeed:2:bf16", "deepspeed:3:fp32", "deepspeed:3:bf16"],
-    4: ["torch:0:fp32", "deepspeed:2:fp32"],
+    2: [*PLAIN, *SHARDED, "deepspeed:1:fp32", "deepspeed:2:bf16", "deepspeed:3:fp32", "deepspeed:3:bf16"],
+    4: ["torch:0:fp32", "torch:1:fp32", "deepspeed:2:fp32"],
 }
-ALL = [*PLAIN, "deepspeed:0:fp32", *ZERO]
+ALL = [*PLAIN, *SHARDED, "deepspeed:0:fp32", *ZERO]
 
 
 def _runner(launch, folder: Path, cases: dict[int, list[str]]):

@@ -9,10 +9,18 @@ import torch
 
 STOP, STEPS = 5, 10  # as in toy_run.py
 PLAIN = ["torch:0:fp32", "torch:0:bf16"]
+SHARDED = ["torch:1:fp32", "torch:1:bf16"]
 FAST = [(case, 1) for case in [*PLAIN, "deepspeed:0:fp32", "deepspeed:1:fp32", "deepspeed:1:bf16"]]
-FAST += [(case, 2) for case in [*PLAIN, "deepspeed:1:fp32", "deepspeed:2:bf16", "deepspeed:3:fp32", "deepspeed:3:bf16"]]
-FAST += [("torch:0:fp32", 4), ("deepspeed:2:fp32", 4)]
-ALL = [*PLAIN, "deepspeed:0:fp32", *(f"deepspeed:{stage}:{precision}" for precision in ("fp32", "bf16") for stage in (1, 2, 3))]
+FAST += [
+    (case, 2) for case in [*PLAIN, *SHARDED, "deepspeed:1:fp32", "deepspeed:2:bf16", "deepspeed:3:fp32", "deepspeed:3:bf16"]
+]
+FAST += [("torch:0:fp32", 4), ("torch:1:fp32", 4), ("deepspeed:2:fp32", 4)]
+ALL = [
+    *PLAIN,
+    *SHARDED,
+    "deepspeed:0:fp32",
+    *(f"deepspeed:{stage}:{precision}" for precision in ("fp32", "bf16") for stage in (1, 2, 3)),
+]
 SLOW = [(case, ranks) for ranks in (1, 2, 4) for case in ALL]
 
 
