@@ -23,7 +23,7 @@ Arguments = dict[str, Any]  # of the op, by name
 # dtype's run has a truth of its own.
 Make = Callable[[torch.dtype, torch.device], Arguments]
 
-NAMES = ("bias_gelu",)
+NAMES = ("bias_gelu", "add_layer_norm")
 
 
 @dataclass(frozen=True)

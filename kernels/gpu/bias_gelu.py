@@ -12,7 +12,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vatt.kernels.dropout import DropoutMask
-from vatt.kernels.gpu.counter import keep
+from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
 from vatt.kernels.gpu.target import current_target
 
@@ -35,14 +35,6 @@ BACKWARD = Tunings(
     default={"sm_80": "8x256", "sm_90": "8x256", "sm_100": "8x256"},
 )
 ROWS_PER_PROGRAM = 64  # of the backward pass: what one partial sum of the bias gradient covers
-
-
-@triton.jit
-def _keep(o_m, o_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C: tl.constexpr):
-    """(M, C) mask of a block whose first column is o_c, a multiple of 4."""
-    sample = tl.load(p_sample + o_m // rows_per_sample, mask=m_m, other=0)
-    position = (o_m % rows_per_sample)[:, None] * tl.cdiv(C, 4) + (o_c // 4 + tl.arange(0, BLOCK_C // 4))[None, :]
-    return keep(position, sample[:, None], tl.load(p_step), stream, tl.load(p_seed), threshold)
 
 
 @triton.jit
@@ -74,7 +66,7 @@ def _forward(
         b_z += tl.load(p_bias + o_c, mask=m_c, other=0.0).to(tl.float32)[None, :]
     b_y = 0.5 * b_z * (1.0 + tl.erf(b_z * 0.7071067811865476))
     if DROPOUT:
-        kept = _keep(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C)
+        kept = keep_block(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C)
         b_y = tl.where(kept, b_y * scale, 0.0)
     tl.store(p_y + o_x, b_y.to(p_y.dtype.element_ty), mask=m_x)
 
@@ -116,7 +108,7 @@ def _backward(
             b_z += b_bias[None, :]
         b_dz = tl.load(p_grad + o_x, mask=m_x, other=0.0).to(tl.float32)
         if DROPOUT:
-            kept = _keep(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C)
+            kept = keep_block(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C)
             b_dz = tl.where(kept, b_dz * scale, 0.0)
         # GELU'(z) = Phi(z) + z phi(z)
         b_dz *= 0.5 * (1.0 + tl.erf(b_z * 0.7071067811865476)) + b_z * 0.3989422804014327 * tl.exp(-0.5 * b_z * b_z)
@@ -152,19 +144,3 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None, dropout: DropoutMask 
     Launch(_backward, grid, arguments | mask_arguments(dropout, M), constants, tuning)()
     # Partial sums in a fixed order: the same gradient every time, which atomic additions would not give.
     return dx, x.new_empty(0) if bias is None or partial is None else partial.sum(0).to(bias.dtype)
-
-
-def mask_arguments(dropout: DropoutMask | None, rows: int) -> dict[str, Tensor | int | float | None]:
-    """The run-time arguments of a fused dropout, for kernels that name them p_seed, p_step, p_sample and so on."""
-    if dropout is None:
-        names = ("p_seed", "p_step", "p_sample", "rows_per_sample", "stream", "threshold")
-        return {name: None for name in names} | {"scale": None}
-    return {
-        "p_seed": dropout.seed,
-        "p_step": dropout.step,
-        "p_sample": dropout.sample_id,
-        "rows_per_sample": rows // dropout.sample_id.shape[0],
-        "stream": dropout.stream,
-        "threshold": dropout.threshold,
-        "scale": 1.0 / (1.0 - dropout.rate),
-    }
