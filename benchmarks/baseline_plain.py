@@ -8,7 +8,7 @@ never projected), `scaled_dot_product_attention`, exact GELU, fused Adam, and th
     fp32      fp32 throughout
 
 eager or compiled. A comparison takes the fastest of what the device runs well (`contestants`). Dropout is 0.
-`build("bbs", "cpu", "fp32")` returns a function that takes one step on synthetic clips, and a record of what it runs.
+`build("bbs", "cpu", "fp32")` returns a `Step` that can be called for one step on synthetic clips, and a record of what it runs.
 
 Legend: B clips, N tokens with AGG, K kept patches, F features of a patch, D width, H heads, P caption candidates, L words.
 """
@@ -26,7 +26,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 Precision = Literal["bf16", "autocast", "fp32"]
-Step = Callable[[], Tensor]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step in its two parts, so that they can be timed apart; calling it does both and returns the loss."""
+
+    forward_backward: Callable[[], Tensor]
+    update: Callable[[], object]
+
+    def __call__(self) -> Tensor:
+        loss = self.forward_backward()
+        self.update()
+        return loss
+
 
 # (layers, width, heads, hidden) of the paper's Table 8; the towers of each model by name.
 TOWERS = {
@@ -218,13 +231,16 @@ def build(
     audio = torch.rand(batch, SAMPLES, device=device) * 2 - 1
     ids = torch.randint(1, VOCABULARY, (batch, CAPTIONS, WORDS), device=device)
 
-    def step() -> Tensor:
+    def forward_backward() -> Tensor:
         with contextlib.ExitStack() as stack:
             if backends is not None:
                 stack.enter_context(torch.nn.attention.sdpa_kernel(backends, set_priority=True))
             with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "autocast"):
                 loss = forward(video, audio, ids)
             loss.backward()
+        return loss.detach()
+
+    def update() -> None:
         if precision == "bf16":
             for master, weight in zip(masters, model.parameters(), strict=True):
                 master.grad = weight.grad.float()
@@ -233,9 +249,10 @@ def build(
             with torch.no_grad():
                 torch._foreach_copy_(list(model.parameters()), masters)
         model.zero_grad(set_to_none=True)
-        return loss.detach()
 
-    return step, Info(size, batch, drop_rate, precision, compiled, sum(p.numel() for p in model.parameters()))
+    return Step(forward_backward, update), Info(
+        size, batch, drop_rate, precision, compiled, sum(p.numel() for p in model.parameters())
+    )
 
 
 def contestants(device: str) -> list[Precision]:

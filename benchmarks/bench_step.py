@@ -1,11 +1,15 @@
-"""A whole training step of ours against `baseline_plain`, in one process, pairs interleaved.
+"""Whole training steps of ours: against `baseline_plain`, by local batch, by drop rate, profiled, and their memory.
 
-    python benchmarks/bench_step.py --out benchmarks/results              # bbs, batch 2, 50 % drop: step_bbs.json
-    python benchmarks/bench_step.py --size lbs --memory --out …           # one step alone and its peak memory
+    python benchmarks/bench_step.py --out benchmarks/results                       # bbs, batch 2, against the baseline
+    python benchmarks/bench_step.py memory --size lbs --out benchmarks/results     # one step and its peak memory
+    python benchmarks/bench_step.py profile --size lbs --batch 64 --out …          # kernels, launches, idle gaps
+    python benchmarks/bench_step.py batches --size lbs --batches 4,8,16,32,64 --out …
+    python benchmarks/bench_step.py rates --size lbs --batch 32 --rates 0,25,50,75 --out …
 
-Both sides have the same shapes, the same dropout (0) and synthetic clips; ours runs model, loss, plain backend and Adam.
-The baseline is the fastest of what this device runs well (precisions, eager, compiled with --compile), chosen by one
-timed step each. A ratio is baseline / ours within one pair: above 1, ours is faster.
+Both sides of a comparison have the same shapes, the same dropout (0) and synthetic clips; ours runs model, loss, plain
+backend and Adam. The baseline is the fastest of what this device runs well (precisions, SDPA backends, compiled with
+--compile), chosen by one timed step each. A ratio is baseline / ours within one pair of interleaved steps: above 1, ours is
+faster. FLOPs are true counts, multiply-adds as 2; MFU is against the device's nominal bf16 peak.
 """
 
 from __future__ import annotations
@@ -13,156 +17,189 @@ from __future__ import annotations
 import argparse
 import json
 import resource
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from vatt.benchmarks.baseline_plain import CAPTIONS, SAMPLES, SIZE, VOCABULARY, WORDS, build, contestants
 from vatt.benchmarks.bench_anchors import folder, machine
-from vatt.engine.backend.interface import make_backend
-from vatt.engine.config_file import load_run
-from vatt.engine.data.batch import Batch
-from vatt.engine.loss import contrastive_losses
-from vatt.engine.model import VATT
-from vatt.engine.optimizer import learning_rate
-from vatt.engine.randomness import Draws
-
-Step = Callable[[], object]
-
-
-def build_ours(size: str, device: str, precision: str, batch_size: int) -> Step:
-    """One whole step of the shipped recipe through the plain backend; the step number moves on with each call."""
-    overrides = [f"--batch_size={batch_size}", "--backend.name=torch", f"--backend.precision={precision}"]
-    config = load_run(f"pretrain/{size}", overrides).with_buckets()
-    backend = make_backend(VATT(config), config, rank=0, world_size=1, device=torch.device(device))
-    backend.module.train()
-    batch = Batch(
-        video=torch.randint(0, 256, (batch_size, config.data.frames, 3, SIZE, SIZE), dtype=torch.uint8),
-        audio=torch.rand(batch_size, SAMPLES) * 2 - 1,
-        text=torch.randint(2, VOCABULARY, (batch_size, CAPTIONS, WORDS)),
-        has_text=torch.ones(batch_size, dtype=torch.bool),
-        has_audio=torch.ones(batch_size, dtype=torch.bool),
-        sample_id=torch.arange(batch_size),
-    ).to(device)
-    number = 0
-
-    def step() -> torch.Tensor:
-        nonlocal number
-        number += 1
-        space = backend.module(batch, Draws.at(config.seed, number, batch.sample_id))
-        losses = contrastive_losses(space, config.loss)
-        backend.backward(losses.total)
-        backend.step(learning_rate(number, config.optimizer, config.steps))
-        return losses.total.detach()
-
-    return step
+from vatt.benchmarks.steps import (
+    baseline,
+    check_same_shapes,
+    interleaved,
+    ours,
+    out_of_memory_is_none,
+    recipe,
+    repeated,
+    seconds,
+    spread,
+)
+from vatt.engine.profile.peak import peak_tflops
 
 
-def seconds(step: Step, device: str) -> float:
-    start = time.perf_counter()
-    step()
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - start
+def against(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Interleaved pairs: forward + backward, and the whole step."""
+    config = recipe(a.size, a.precision, a.batch, a.overrides)
+    check_same_shapes(config)
+    theirs, form = baseline(a.size, device, a.batch, a.compile)
+    mine, _ = ours(config, device)
+    sides = {"baseline": theirs, "ours": mine}
+    mine()  # the baseline is warm already
+    times = interleaved(sides, a.pairs, device, say)
+    result: dict[str, Any] = {"baseline": form}
+    for part, by_side in times.items():
+        ratios = [b / o for b, o in zip(by_side["baseline"], by_side["ours"], strict=True)]
+        result[part] = {f"{side}_s": spread(values) for side, values in by_side.items()} | {"ratio": spread(ratios)}
+    return result
 
 
-def best_baseline(size: str, device: str, batch: int, compiled: bool) -> tuple[Step, dict[str, object]]:
-    """The fastest of the baseline's forms on this device, by its second step; the others are freed."""
-    forms = [(precision, False) for precision in contestants(device)]
-    forms += [(precision, True) for precision, _ in forms] if compiled else []
-    tried: dict[str, float] = {}
-    best: tuple[float, Step] | None = None
-    for precision, compile_it in forms:
-        step, _ = build(size, device, precision, batch=batch, compiled=compile_it)
-        step()
-        name = f"{precision} {'compiled' if compile_it else 'eager'}"
-        tried[name] = round(seconds(step, device), 3)
-        if best is None or tried[name] < best[0]:
-            best = tried[name], step
-    assert best is not None
-    return best[1], {"chosen": min(tried, key=tried.__getitem__), "seconds": tried}
+def batches(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Step time, samples/s and MFU at each local batch."""
+    rows = []
+    for batch in a.batches:
+        row: dict[str, Any] = {"batch": batch}
+        with out_of_memory_is_none(device):
+            step, flops = ours(recipe(a.size, a.precision, batch, a.overrides), device)
+            row |= speed(spread(repeated(step, a.steps, device)), batch, flops, device)
+            del step
+        rows.append(row)
+        say(json.dumps(row))
+    return {"rows": rows}
 
 
-def spread(values: list[float]) -> dict[str, float]:
-    ordered = sorted(values)
-    return {
-        "median": round(statistics.median(ordered), 4),
-        "low": round(ordered[0], 4),
-        "high": round(ordered[-1], 4),
-        "interquartile": round(ordered[(3 * len(ordered)) // 4] - ordered[len(ordered) // 4], 4),
-    }
+def rates(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Forward + backward at each drop rate, interleaved: the speed-up over no drop beside that of the FLOPs."""
+    sides, flops = {}, {}
+    for rate in a.rates:
+        sides[str(rate)], flops[str(rate)] = ours(recipe(a.size, a.precision, a.batch, a.overrides, rate / 100), device)
+        sides[str(rate)]()
+    times = interleaved(sides, a.pairs, device, say)
+    first = str(a.rates[0])
+    rows = []
+    for name in sides:
+        row: dict[str, Any] = {"rate": int(name), "ideal": round(flops[first] / flops[name], 4)}
+        for part in times:
+            row[f"{part}_s"] = spread(times[part][name])
+            row[f"{part}_speedup"] = spread(b / o for b, o in zip(times[part][first], times[part][name], strict=True))
+        row["of_ideal"] = round(row["forward_backward_speedup"]["median"] / row["ideal"], 4)
+        rows.append(row)
+        say(json.dumps(row))
+    return {"rows": rows}
 
 
-def compare(size: str, device: str, precision: str, batch: int, pairs: int, compiled: bool) -> dict[str, object]:
-    """Times of `pairs` interleaved pairs; the side that goes first alternates."""
-    baseline, form = best_baseline(size, device, batch, compiled)
-    sides: dict[str, Step] = {"baseline": baseline, "ours": build_ours(size, device, precision, batch)}
-    times: dict[str, list[float]] = {name: [] for name in sides}
-    sides["ours"]()  # the baseline is warm already
-    for pair in range(pairs):
-        for name in list(sides) if pair % 2 else list(sides)[::-1]:
-            times[name].append(seconds(sides[name], device))
-        ratio = times["baseline"][-1] / times["ours"][-1]
-        print(
-            f"pair {pair}: baseline {times['baseline'][-1]:.2f} s, ours {times['ours'][-1]:.2f} s, ratio {ratio:.3f}",
-            flush=True,
-        )
-    ratios = [b / o for b, o in zip(times["baseline"], times["ours"], strict=True)]
-    return {
-        "baseline": form,
-        "baseline_s": spread(times["baseline"]),
-        "ours_s": spread(times["ours"]),
-        "ratio": spread(ratios),
-        "times": {name: [round(t, 4) for t in values] for name, values in times.items()},
-    }
-
-
-def memory(size: str, device: str, precision: str, batch: int) -> dict[str, object]:
+def memory(a: argparse.Namespace, device: str) -> dict[str, Any]:
     """One step and the most memory it took, in GB (1e9 bytes): the process's on a CPU, the allocator's on a GPU."""
-    step = build_ours(size, device, precision, batch)
-    loss = float(step())  # type: ignore[arg-type]
+    step, _ = ours(recipe(a.size, a.precision, a.batch, a.overrides), device)
+    loss = float(step())
     assert loss == loss, "the loss is not a number"
-    process_kib = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    peak = torch.cuda.max_memory_allocated() if device == "cuda" else process_kib * 1024
+    resident = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    peak = torch.cuda.max_memory_allocated() if device == "cuda" else resident
     return {"peak_gb": round(peak / 1e9, 2), "loss": round(loss, 4)}
+
+
+def profile(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """One step under torch's profiler: time by kernel, launches, and (on a GPU) how long it stood idle between kernels."""
+    from torch.profiler import ProfilerActivity
+    from torch.profiler import profile as record
+
+    step, flops = ours(recipe(a.size, a.precision, a.batch, a.overrides), device)
+    whole = spread(repeated(step, a.steps, device))
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device == "cuda" else [])
+    with record(activities=activities) as profiler:
+        seconds(step, device)
+    result: dict[str, Any] = speed(whole, a.batch, flops, device)
+    if device == "cuda":
+        kernels = [event for event in profiler.events() if event.device_type == torch.autograd.DeviceType.CUDA]
+        result |= {"launches": len(kernels)} | idle(sorted((e.time_range.start, e.time_range.end) for e in kernels))
+        rows = [(e.key, e.self_device_time_total, e.count) for e in profiler.key_averages() if e.self_device_time_total]
+    else:
+        rows = [(e.key, e.self_cpu_time_total, e.count) for e in profiler.key_averages()]
+    rows.sort(key=lambda row: -row[1])
+    total = sum(row[1] for row in rows)
+    result["kernels"] = [
+        {"name": name[:120], "ms": round(time / 1e3, 3), "share": round(time / total, 4), "calls": calls}
+        for name, time, calls in rows[:40]
+    ]
+    for row in result["kernels"][:20]:
+        say(f"{row['ms']:10.2f} ms {row['share']:6.1%} {row['calls']:6} x {row['name']}")
+    return result
+
+
+def idle(spans: list[tuple[float, float]]) -> dict[str, float]:
+    """Milliseconds from the first kernel's start to the last one's end, and the part of it in which none ran.
+
+    spans: (start, end) in microseconds, by start; kernels of several streams may overlap.
+    """
+    reached, gaps = spans[0][0], 0.0
+    for start, end in spans:
+        gaps += max(0.0, start - reached)
+        reached = max(reached, end)
+    return {"gpu_ms": round((reached - spans[0][0]) / 1e3, 3), "idle_ms": round(gaps / 1e3, 3)}
+
+
+def speed(step_s: dict[str, float], batch: int, flops: float, device: str) -> dict[str, Any]:
+    """What a step's time means."""
+    tflops = flops / step_s["median"] / 1e12
+    peak = peak_tflops(torch.cuda.get_device_name()) if device == "cuda" else None
+    return {
+        "step_s": step_s,
+        "samples_per_s": round(batch / step_s["median"], 2),
+        "tflops": round(tflops, 3),
+        "mfu": round(tflops / peak, 4) if peak else None,
+    }
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+MODES: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
+    "against": against,
+    "batches": batches,
+    "rates": rates,
+    "memory": memory,
+    "profile": profile,
+}
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("mode", nargs="?", choices=MODES, default="against")
     parser.add_argument("--out", type=Path, required=True, help="folder of results; a folder per machine is made in it")
     parser.add_argument("--size", choices=("bbs", "mbs", "lbs"), default="bbs")
     parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--pairs", type=int, default=5)
+    parser.add_argument("--batches", type=numbers, default="4,8,16,32,64,128", help="local batches of `batches`")
+    parser.add_argument(
+        "--rates", type=numbers, default="0,25,50,75", help="percent dropped, of `rates`; the first is the base"
+    )
+    parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds of `against` and `rates`")
+    parser.add_argument("--steps", type=int, default=10, help="timed steps of `batches` and `profile`")
     parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of our side")
     parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
     parser.add_argument("--compile", action="store_true", help="let torch.compile take part on the baseline's side")
-    parser.add_argument("--memory", action="store_true", help="measure the memory of one step instead")
-    arguments = parser.parse_args()
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
+    parser.add_argument(
+        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of our side"
+    )
+    parser.add_argument("--label", default="", help="added to the file's name, for runs with --set")
+    a = parser.parse_args()
+    a.overrides = [f"--{override}" for override in a.overrides]
+    if a.threads:
+        torch.set_num_threads(a.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    record: dict[str, object] = machine(device)
-    record |= {
-        "size": arguments.size,
-        "batch": arguments.batch,
-        "drop_rate": 0.5,
-        "dropout": 0.0,
-        "precision": arguments.precision,
-    }
-    if arguments.memory:
-        record |= memory(arguments.size, device, arguments.precision, arguments.batch)
-    else:
-        record |= compare(arguments.size, device, arguments.precision, arguments.batch, arguments.pairs, arguments.compile)
-    kind = "memory" if arguments.memory else "step"
-    suffix = "" if arguments.precision == "bf16" else f"_{arguments.precision}"
-    path = arguments.out / folder(record) / f"{kind}_{arguments.size}{suffix}.json"
+    record: dict[str, Any] = machine(device)
+    record |= {"size": a.size, "batch": a.batch, "drop_rate": 0.5, "dropout": 0.0, "precision": a.precision, "set": a.overrides}
+    record |= MODES[a.mode](a, device)
+    words = ["step" if a.mode == "against" else a.mode, a.size, *(["fp32"] if a.precision == "fp32" else []), a.label]
+    path = a.out / folder(record) / ("_".join(word for word in words if word) + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(record, indent=1) + "\n")
-    print(json.dumps({k: v for k, v in record.items() if k != "times"}, indent=1))
+    print(json.dumps({k: v for k, v in record.items() if k not in ("kernels", "rows")}, indent=1))
     print(f"-> {path}")
+
+
+def numbers(text: str) -> list[int]:
+    return [int(word) for word in text.split(",")]
 
 
 if __name__ == "__main__":
