@@ -8,9 +8,10 @@ signature that could drift from the first.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -49,17 +50,21 @@ class Tuning:
 
 @dataclass(frozen=True)
 class Launch:
-    """A kernel, its grid, its run-time arguments by parameter name, its compile-time constants, and its tuning."""
+    """A kernel, its grid, its run-time arguments by parameter name, its compile-time constants, and its tuning.
+
+    wrapper: the function of this folder that was called for it ("forward", "backward"); known once it is recorded.
+    """
 
     kernel: Any
     grid: tuple[int, ...]
     arguments: Mapping[str, Tensor | int | float | None]
     constants: Mapping[str, Any] = field(default_factory=dict)
     tuning: Tuning = field(default_factory=lambda: Tuning({}))
+    wrapper: str = ""
 
     def __call__(self) -> None:
         if _RECORDS:
-            _RECORDS[-1].append(self)
+            _RECORDS[-1].append(replace(self, wrapper=_wrapper()))
             return
         options = {"num_warps": self.tuning.warps, "num_stages": self.tuning.stages}
         self.kernel[self.grid](**self.arguments, **self.constants, **self.tuning.blocks, **options)
@@ -99,6 +104,8 @@ class Tunings:
 
     def pick(self, target: Target) -> Tuning:
         """The tuning for a target: that of the newest one listed that is not newer than it."""
+        if _RECORDS:
+            _RECORDS[-1].tables[self.kernel] = self
         if self._forced is not None:
             return self.candidates[self._forced]
         known = sorted(self.default, key=lambda name: int(name.removeprefix("sm_")))
@@ -115,14 +122,30 @@ class Tunings:
             self._forced = None
 
 
+class Recording(list[Launch]):
+    """Launches in their order; `tables`: the tuning tables that were asked for them, by name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tables: dict[str, Tunings] = {}
+
+
 TABLES: dict[str, Tunings] = {}
-_RECORDS: list[list[Launch]] = []
+_RECORDS: list[Recording] = []
+
+
+def _wrapper() -> str:
+    """The outermost function of this folder among the callers."""
+    name, frame = "", sys._getframe(1)
+    while frame is not None and str(frame.f_globals.get("__name__")).startswith(f"{__package__}."):
+        name, frame = frame.f_code.co_name, frame.f_back  # type: ignore[assignment]
+    return name
 
 
 @contextmanager
-def recording(target: Target) -> Iterator[list[Launch]]:
+def recording(target: Target) -> Iterator[Recording]:
     """Keep launches instead of running them, tuned for `target`: any device, meta tensors included."""
-    launches: list[Launch] = []
+    launches = Recording()
     _RECORDS.append(launches)
     try:
         with on_target(target):

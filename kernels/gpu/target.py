@@ -15,7 +15,8 @@ class Target:
     """A compute capability, as 10 x major + minor, and the limits that a compiled kernel has to respect.
 
     shared_memory: bytes a block may have. registers: 32-bit registers of a multiprocessor. threads: of a multiprocessor.
-    multiprocessor_memory: shared memory of a multiprocessor, bytes. (CUDA C++ Programming Guide, compute capabilities.)
+    blocks: that a multiprocessor holds. multiprocessor_memory: shared memory of a multiprocessor, bytes. tensor_columns: of the
+    tensor memory that tcgen05 accumulates in. (CUDA C++ Programming Guide, compute capabilities; PTX ISA, tcgen05.alloc.)
     """
 
     capability: int
@@ -23,6 +24,8 @@ class Target:
     multiprocessor_memory: int
     registers: int = 65536
     threads: int = 2048
+    blocks: int = 32
+    tensor_columns: int = 0
 
     @property
     def name(self) -> str:
@@ -35,7 +38,7 @@ TARGETS = {
     for target in (
         Target(80, 166912, 167936),
         Target(90, 232448, 233472),
-        Target(100, 232448, 233472),
+        Target(100, 232448, 233472, tensor_columns=512),
     )
 }
 
