@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.kernels.dropout import DropoutMask, check_mask, keep_mask
+from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
 
 Form = Literal["layer", "rms"]
@@ -37,7 +37,7 @@ def add_layer_norm_reference(
     exact = torch.promote_types(residual.dtype, torch.float32)
     total = residual.to(exact)
     if branch is not None:
-        total = total + _drop(_biased(branch.to(exact), branch_bias), dropout)
+        total = total + dropped(_biased(branch.to(exact), branch_bias), dropout)
     centred = total - total.mean(-1, keepdim=True) if form == "layer" else total
     normed = centred * torch.rsqrt(centred.square().mean(-1, keepdim=True) + eps) * weight.to(exact)
     return total.to(residual.dtype), (normed if bias is None else normed + bias.to(exact)).to(residual.dtype)
@@ -54,7 +54,7 @@ def add_layer_norm_eager(
     branch_bias: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """The same from PyTorch's own functions, in the dtype of `residual` throughout: what the kernel has to beat."""
-    total = residual if branch is None else residual + _drop(_biased(branch, branch_bias), dropout)
+    total = residual if branch is None else residual + dropped(_biased(branch, branch_bias), dropout)
     if form == "rms":
         return total, F.rms_norm(total, weight.shape, weight, eps)
     return total, F.layer_norm(total, weight.shape, weight, bias, eps)
@@ -77,7 +77,8 @@ def add_layer_norm(
     which is returned as the sum. weight, bias, branch_bias: (D,); all of one dtype. dropout: None is no dropout; its mask is
     drawn again in backward, never stored. Differentiable in branch, branch_bias, residual, weight and bias, for gradients
     of either output or both. A GPU kernel takes up to 8192 columns; statistics are fp32 in it.
-    implementation: see `vatt.kernels.implementation`. Raises KernelError for what the kernels cannot take.
+    implementation: see `vatt.kernels.implementation`; "native" on a CPU is PyTorch's own functions, called directly: the way
+    through the dispatcher op costs more there than it saves. Raises KernelError for what the kernels cannot take.
     """
     op = "add_layer_norm"
     require(form in ("layer", "rms"), op, "form", f"{form!r} is not one of layer, rms")
@@ -100,15 +101,13 @@ def add_layer_norm(
         require(branch.dtype == residual.dtype, op, "branch", f"is {branch.dtype}, residual is {residual.dtype}; cast it")
     if dropout is not None:
         check_mask(op, dropout, residual.shape[0], residual)
+        dropout = dropout if dropout.rate > 0.0 else None
     how = resolve(op, implementation, residual)
-    if how == "reference":
-        return add_layer_norm_reference(branch, residual, weight, bias, eps, dropout, form, branch_bias)
-    require(
-        how != "triton" or columns <= MOST_COLUMNS,
-        op,
-        "residual",
-        f"has {columns} columns, the GPU kernel takes up to {MOST_COLUMNS}; use 'reference'",
-    )
+    if how != "triton":
+        plain = add_layer_norm_reference if how == "reference" else add_layer_norm_eager
+        return plain(branch, residual, weight, bias, eps, dropout, form, branch_bias)
+    limit = f"has {columns} columns, the GPU kernel takes up to {MOST_COLUMNS}; use 'reference'"
+    require(columns <= MOST_COLUMNS, op, "residual", limit)
     mask = dropout if dropout is not None else (0.0, None, None, None, 0)
     total, normed, _, _ = torch.ops.vatt.add_layer_norm(
         branch, residual, weight, bias, branch_bias, eps, form == "rms", *mask, how
@@ -118,14 +117,6 @@ def add_layer_norm(
 
 def _biased(x: Tensor, bias: Tensor | None) -> Tensor:
     return x if bias is None else x + bias.to(x.dtype)
-
-
-def _drop(x: Tensor, dropout: DropoutMask | None) -> Tensor:
-    return x if dropout is None or dropout.rate == 0.0 else x * keep_mask(x.shape, *dropout) / (1.0 - dropout.rate)
-
-
-def _mask(rate: float, seed: Tensor | None, step: Tensor | None, sample_id: Tensor | None, stream: int) -> DropoutMask | None:
-    return None if seed is None or step is None or sample_id is None else DropoutMask(rate, seed, step, sample_id, stream)
 
 
 @torch.library.custom_op("vatt::add_layer_norm", mutates_args=())
@@ -145,11 +136,11 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(sum, normed, mean, 1 / deviation): the last two (M,), for backward. No branch: sum is empty. rms: mean is empty."""
-    dropout = _mask(rate, seed, step, sample_id, stream)
+    dropout = mask_of(rate, seed, step, sample_id, stream)
     if implementation != "native":
         return gpu_module("add_layer_norm").forward(branch, residual, weight, bias, branch_bias, eps, rms, dropout)
     residual = residual.contiguous()
-    total = residual if branch is None else (residual + _drop(_biased(branch, branch_bias), dropout)).contiguous()
+    total = residual if branch is None else (residual + dropped(_biased(branch, branch_bias), dropout)).contiguous()
     out = residual.new_empty(0) if branch is None else total
     if rms:
         wide = total.to(torch.promote_types(total.dtype, torch.float32))
@@ -188,7 +179,7 @@ def _backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     """(dresidual, dbranch, dweight, dbias, dbranch_bias); dbranch is empty when it equals dresidual (no dropout)."""
-    dropout = _mask(rate, seed, step, sample_id, stream)
+    dropout = mask_of(rate, seed, step, sample_id, stream)
     if implementation != "native":
         return gpu_module("add_layer_norm").backward(
             grad_sum, grad_normed, total, mean, rstd, weight, has_bias, has_branch_bias, rms, dropout
@@ -196,9 +187,9 @@ def _backward(
     dresidual, dweight, dbias = (_rms_backward if rms else _layer_backward)(grad_normed, total, mean, rstd, weight, has_bias)
     if grad_sum is not None:
         dresidual += grad_sum
-    dropped = dresidual if dropout is None else dresidual * keep_mask(dresidual.shape, *dropout) / (1.0 - rate)
-    dbranch_bias = dropped.flatten(0, -2).sum(0) if has_branch_bias else weight.new_empty(0)
-    return dresidual, weight.new_empty(0) if dropout is None else dropped, dweight, dbias, dbranch_bias
+    dbranch = dresidual if dropout is None else dropped(dresidual, dropout)
+    dbranch_bias = dbranch.flatten(0, -2).sum(0) if has_branch_bias else weight.new_empty(0)
+    return dresidual, weight.new_empty(0) if dropout is None else dbranch, dweight, dbias, dbranch_bias
 
 
 def _layer_backward(

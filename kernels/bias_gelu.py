@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.kernels.dropout import DropoutMask, check_mask, keep_mask
+from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
 
 
@@ -18,12 +18,12 @@ def bias_gelu_reference(x: Tensor, bias_C: Tensor | None = None, dropout: Dropou
     """Dropout(GELU(x + bias)) in at least fp32, rounded once to the dtype of `x`."""
     exact = torch.promote_types(x.dtype, torch.float32)
     z = x.to(exact) if bias_C is None else x.to(exact) + bias_C.to(exact)
-    return _drop(F.gelu(z), dropout).to(x.dtype)
+    return dropped(F.gelu(z), dropout).to(x.dtype)
 
 
 def bias_gelu_eager(x: Tensor, bias_C: Tensor | None = None, dropout: DropoutMask | None = None) -> Tensor:
     """The same from PyTorch's own functions, in the dtype of `x` throughout: what the kernel has to beat."""
-    return _drop(F.gelu(x if bias_C is None else x + bias_C), dropout)
+    return dropped(F.gelu(x if bias_C is None else x + bias_C), dropout)
 
 
 def bias_gelu(
@@ -32,10 +32,12 @@ def bias_gelu(
     """Dropout(GELU(x + bias)), differentiable in x and bias; the mask is drawn again in backward, never stored.
 
     x: (..., C), contiguous on a GPU (else copied). bias: (C,) of the same dtype, or None. dropout: None is no dropout.
-    implementation: see `vatt.kernels.implementation`. Raises KernelError for what the kernels cannot take.
+    implementation: see `vatt.kernels.implementation`; "native" on a CPU is PyTorch's own functions, called directly: the way
+    through the dispatcher op costs more there than it saves. Raises KernelError for what the kernels cannot take.
     """
     op = "bias_gelu"
     require(x.is_floating_point(), op, "x", f"is {x.dtype}; it must be floating point")
+    require(x.dim() > 0 and x.numel() > 0, op, "x", f"has shape {tuple(x.shape)}: nothing to compute")
     same_device(op, x, bias=bias_C)
     if bias_C is not None:
         shape = tuple(bias_C.shape)
@@ -43,20 +45,13 @@ def bias_gelu(
         require(bias_C.dtype == x.dtype, op, "bias", f"is {bias_C.dtype}, x is {x.dtype}; cast it")
     if dropout is not None:
         check_mask(op, dropout, x.shape[0], x)
+        dropout = dropout if dropout.rate > 0.0 else None
     how = resolve(op, implementation, x)
-    if how == "reference":
-        return bias_gelu_reference(x, bias_C, dropout)
-    rate, seed, step, sample_id, stream = dropout if dropout is not None else (0.0, None, None, None, 0)
-    y: Tensor = torch.ops.vatt.bias_gelu(x, bias_C, rate, seed, step, sample_id, stream, how)
+    if how != "triton":
+        return (bias_gelu_reference if how == "reference" else bias_gelu_eager)(x, bias_C, dropout)
+    mask = dropout if dropout is not None else (0.0, None, None, None, 0)
+    y: Tensor = torch.ops.vatt.bias_gelu(x, bias_C, *mask, how)
     return y
-
-
-def _drop(y: Tensor, dropout: DropoutMask | None) -> Tensor:
-    return y if dropout is None or dropout.rate == 0.0 else y * keep_mask(y.shape, *dropout) / (1.0 - dropout.rate)
-
-
-def _mask(rate: float, seed: Tensor | None, step: Tensor | None, sample_id: Tensor | None, stream: int) -> DropoutMask | None:
-    return None if seed is None or step is None or sample_id is None else DropoutMask(rate, seed, step, sample_id, stream)
 
 
 @torch.library.custom_op("vatt::bias_gelu", mutates_args=())
@@ -70,7 +65,7 @@ def _forward(
     stream: int,
     implementation: str,
 ) -> Tensor:
-    dropout = _mask(rate, seed, step, sample_id, stream)
+    dropout = mask_of(rate, seed, step, sample_id, stream)
     if implementation == "native":
         return bias_gelu_eager(x, bias, dropout).contiguous()
     return gpu_module("bias_gelu").forward(x, bias, dropout)
@@ -94,9 +89,9 @@ def _backward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(dx, dbias); dbias is empty when there is no bias."""
-    dropout = _mask(rate, seed, step, sample_id, stream)
+    dropout = mask_of(rate, seed, step, sample_id, stream)
     if implementation == "native":
-        dx = torch.ops.aten.gelu_backward(_drop(grad, dropout), x if bias is None else x + bias).contiguous()
+        dx = torch.ops.aten.gelu_backward(dropped(grad, dropout), x if bias is None else x + bias).contiguous()
         return dx, x.new_empty(0) if bias is None else dx.flatten(0, -2).sum(0)
     return gpu_module("bias_gelu").backward(grad, x, bias, dropout)
 

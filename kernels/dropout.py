@@ -76,3 +76,13 @@ class _Dropout(torch.autograd.Function):
 def dropout(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
     """x with each element zeroed with probability `rate` and the rest divided by 1 - rate; arguments as for keep_mask."""
     return x if rate == 0.0 else _Dropout.apply(x, DropoutMask(rate, seed, step, sample_id, stream))
+
+
+def dropped(x: Tensor, mask: DropoutMask | None) -> Tensor:
+    """`dropout` of x by a mask; x itself without one."""
+    return x if mask is None else dropout(x, *mask)
+
+
+def mask_of(rate: float, seed: Tensor | None, step: Tensor | None, sample_id: Tensor | None, stream: int) -> DropoutMask | None:
+    """The mask again, from the flat arguments of a dispatcher op, which takes no records; None if its tensors are."""
+    return None if seed is None or step is None or sample_id is None else DropoutMask(rate, seed, step, sample_id, stream)

@@ -221,12 +221,10 @@ def _reduce(p_partial, p_first, p_second, p_third, P, D, BLOCK_P: tl.constexpr, 
     b_out = tl.sum(b_sum, 0).to(p_first.dtype.element_ty)
     if which == 0:
         tl.store(p_first + o_d, b_out, mask=m_d)
-    if p_second is not None:
-        if which == 1:
-            tl.store(p_second + o_d, b_out, mask=m_d)
-    if p_third is not None:
-        if which == 2:
-            tl.store(p_third + o_d, b_out, mask=m_d)
+    if p_second is not None and which == 1:
+        tl.store(p_second + o_d, b_out, mask=m_d)
+    if p_third is not None and which == 2:
+        tl.store(p_third + o_d, b_out, mask=m_d)
 
 
 def forward(
