@@ -271,16 +271,24 @@ class BackendConfig:
         1, "What is divided over the ranks (ZeRO): nothing, Adam, + gradients, + weights; torch knows 0 and 1."
     )
     precision: Literal["bf16", "fp32"] = option("bf16", "bf16 weights with fp32 masters, or fp32 throughout.")
+    chunk: int = option(
+        0, "Gradient caching: clips per rank that the towers see at a time, and again in backward; 0 = all at once."
+    )
+    recompute_layers: int = option(
+        0, "Activation checkpointing: so many of each tower's first blocks run again in backward instead of being kept."
+    )
     gradient_accumulation_steps: int = option(1, "Must stay 1: accumulation would shrink the set of negatives.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train.")
     threads: int = option(0, "CPU threads per rank; 0 = cores / ranks on the host.")
 
     def __post_init__(self) -> None:
+        for name in ("chunk", "recompute_layers"):
+            require(getattr(self, name) >= 0, name, "must not be negative")
         require(
             self.gradient_accumulation_steps == 1,
             "gradient_accumulation_steps",
             "must be 1: accumulated micro-batches would contrast each clip with its own micro-batch only; "
-            "lower batch_size or add ranks instead",
+            "set backend.chunk, which keeps the whole batch's negatives, lower batch_size, or add ranks",
         )
 
 

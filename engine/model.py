@@ -43,6 +43,15 @@ class CommonSpace:
     text_valid: Tensor
 
 
+@dataclass
+class Features:
+    """The towers' AGG features of this rank: video (B, D), audio (B, D), text (B x P, D), clip-major."""
+
+    video: Tensor
+    audio: Tensor
+    text: Tensor
+
+
 @dataclass(frozen=True)
 class Kept:
     """Kept token indices in a given order, instead of DropToken's draw: int64 (B, K) each; None keeps every token."""
@@ -127,7 +136,7 @@ class VATT(nn.Module):
         self.text: SharedTextTower | LinearText | TextEncoder
         if self.agnostic:
             width = m.shared.width
-            self.encoder = Encoder(m.shared, m.dropout, m.attention_dropout)
+            self.encoder = Encoder(m.shared, m.dropout, m.attention_dropout, config.backend.recompute_layers)
             self.video = SharedSignalTower(VideoTokens(m.video, width, m.remainder), width, m.post_width, m.dropout)
             self.audio = SharedSignalTower(AudioTokens(m.audio, width, m.remainder), width, m.post_width, m.dropout)
             self.text = SharedTextTower(m.text.vocabulary, m.text.word_width, config.data.words, width, m.post_width, m.dropout)
@@ -136,7 +145,8 @@ class VATT(nn.Module):
             self.video = self._signal_tower(VideoTokens(m.video, m.video.width, m.remainder), m.video)
             self.audio = self._signal_tower(AudioTokens(m.audio, m.audio.width, m.remainder), m.audio)
             linear = m.text.tower == "linear"
-            self.text = LinearText(m.text) if linear else TextEncoder(m.text, m.dropout, m.attention_dropout)
+            recompute = config.backend.recompute_layers
+            self.text = LinearText(m.text) if linear else TextEncoder(m.text, m.dropout, m.attention_dropout, recompute)
             widths = (m.video.width, m.audio.width, m.text.linear_width if linear else m.text.width)
         self.heads = CommonSpaceHeads(m.heads, *widths)
         self.text.words.weight.requires_grad_(m.text.word_table == "learned")
@@ -144,20 +154,41 @@ class VATT(nn.Module):
 
     def _signal_tower(self, tokens: PatchTokens, shape) -> SignalTower:  # type: ignore[no-untyped-def]
         m = self.config.model
-        return SignalTower(tokens, Encoder(shape, m.dropout, m.attention_dropout), shape.width, m.dropout)
+        encoder = Encoder(shape, m.dropout, m.attention_dropout, self.config.backend.recompute_layers)
+        return SignalTower(tokens, encoder, shape.width, m.dropout)
 
-    def forward(self, batch: Batch, draws: Draws | None = None, kept: Kept | None = None) -> CommonSpace:
-        """The common space of a batch.
+    def forward(
+        self,
+        batch: Batch,
+        draws: Draws | None = None,
+        kept: Kept | None = None,
+        *,
+        features: Features | None = None,
+        towers_only: bool = False,
+    ) -> CommonSpace | Features:
+        """The common space of a batch; or its first half, the features, with `towers_only`, or its second, from `features`.
 
         Training keeps the tokens `draws` says (or those of `kept`), gathers every rank's features and runs the heads
         once on all of them; evaluation keeps every token and stays on this rank. Raises ConfigError when training with
         neither draws nor kept while a drop rate is above 0.
         """
+        if features is None:
+            features = self.encode(batch, draws, kept)
+        return features if towers_only else self.project(features, batch)
+
+    def encode(self, batch: Batch, draws: Draws | None, kept: Kept | None) -> Features:
+        """Tokens to features, on this rank."""
         if kept is None:
             kept = self.choose_kept(batch, draws) if self.training else Kept()
-        video = self.encode_video(batch.video, kept.video, draws)
-        audio = self.encode_audio(batch.audio, kept.audio, draws)
-        text = self.encode_text(batch.text, draws)
+        return Features(
+            video=self.encode_video(batch.video, kept.video, draws),
+            audio=self.encode_audio(batch.audio, kept.audio, draws),
+            text=self.encode_text(batch.text, draws),
+        )
+
+    def project(self, features: Features, batch: Batch) -> CommonSpace:
+        """Features to the common space, over all ranks in training; of `batch` only the flags and the words are read."""
+        video, audio, text = features.video, features.audio, features.text
         audio_valid = batch.has_audio
         text_valid = batch.has_text[:, None] & (batch.text != PADDING).any(-1)
         if self.training:

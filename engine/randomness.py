@@ -41,6 +41,10 @@ class Draws:
 
         return Draws(scalar(seed), scalar(step), sample_id)
 
+    def rows(self, part: slice) -> Draws:
+        """What is drawn for some of the samples."""
+        return replace(self, sample_id=self.sample_id[part])
+
     def of(self, modality: Modality) -> Draws:
         """The same draws, made by another tower."""
         return replace(self, modality=modality)

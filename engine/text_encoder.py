@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from vatt.engine.config import TextConfig
 from vatt.engine.randomness import Draws, Dropout
+from vatt.engine.recompute import recomputed
 from vatt.engine.tokens import LAYER_NORM_EPSILON, prepend_aggregate
 from vatt.engine.transformer import Attention, FeedForward
 from vatt.kernels.linear import Linear
@@ -86,10 +87,14 @@ class TextBlock(nn.Module):
 
 
 class TextEncoder(nn.Module):
-    """T5-style tower: words -> AGG in front, in word space -> Linear + GELU -> blocks -> RMS norm."""
+    """T5-style tower: words -> AGG in front, in word space -> Linear + GELU -> blocks -> RMS norm.
 
-    def __init__(self, config: TextConfig, dropout: float, attention_dropout: float) -> None:
+    recompute_layers as in `transformer.Encoder`.
+    """
+
+    def __init__(self, config: TextConfig, dropout: float, attention_dropout: float, recompute_layers: int = 0) -> None:
         super().__init__()
+        self.recompute_layers = recompute_layers
         self.words = nn.Embedding(config.vocabulary, config.word_width)
         self.aggregate = nn.Parameter(torch.empty(config.word_width))
         self.projection = Linear(config.word_width, config.width, bias=False)
@@ -104,8 +109,9 @@ class TextEncoder(nn.Module):
         words_RNW = prepend_aggregate(self.aggregate, self.words(ids_RL))
         x_RND = self.embedding_dropout(F.gelu(self.projection(words_RNW)), draws)
         score_bias = self.relative_bias(x_RND.shape[1]) + padding_bias(ids_RL)
-        for block in self.blocks:
-            x_RND = block(x_RND, draws, score_bias)
+        for layer, block in enumerate(self.blocks):
+            arguments = x_RND, draws, score_bias
+            x_RND = recomputed(block, *arguments) if layer < self.recompute_layers else block(*arguments)
         return self.final_dropout(self.norm(x_RND), draws)[:, 0]
 
 

@@ -18,10 +18,11 @@ from vatt.engine.data.loader import ClipLoader
 from vatt.engine.data.words import Vocabulary
 from vatt.engine.distributed import Process, joined
 from vatt.engine.evaluate.retrieval import evaluate_run
+from vatt.engine.gradient_cache import backward_in_chunks
 from vatt.engine.interrupt import EXIT_INTERRUPTED, InterruptWatch
 from vatt.engine.loss import Losses, contrastive_losses
 from vatt.engine.meter import Meter, device_name
-from vatt.engine.model import VATT
+from vatt.engine.model import VATT, CommonSpace
 from vatt.engine.optimizer import learning_rate
 from vatt.engine.pretrained import export_weights, from_pretrained
 from vatt.engine.randomness import Draws
@@ -45,6 +46,10 @@ class Run:
         """How many parts of the batch have a mean of their own, where the loss asks for that."""
         return self.config.loss.replicas or self.process.world_size
 
+    def losses(self, space: CommonSpace) -> Losses:
+        """The losses of a common space that holds the whole global batch."""
+        return contrastive_losses(space, self.config.loss, self.replicas)
+
 
 @dataclass
 class StepReport:
@@ -60,9 +65,12 @@ def train_step(run: Run, batch: Batch, step: int) -> StepReport:
     """One step, the `step`-th from 0."""
     rate = learning_rate(step, run.config.optimizer, run.config.steps)
     draws = Draws.at(run.config.seed, step, batch.sample_id)
-    space = run.backend.module(batch, draws)
-    losses = contrastive_losses(space, run.config.loss, run.replicas)
-    run.backend.backward(losses.total)
+    chunk = run.config.backend.chunk
+    if 0 < chunk < len(batch):
+        losses = backward_in_chunks(run.backend, batch, draws, chunk, run.losses)
+    else:
+        losses = run.losses(run.backend.module(batch, draws))
+        run.backend.backward(losses.total)
     outcome = run.backend.step(rate)
     run.skipped += outcome.skipped
     return StepReport(step, rate, losses, outcome)

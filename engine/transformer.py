@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from vatt.engine.config import EncoderConfig
 from vatt.engine.randomness import Draws, Dropout
+from vatt.engine.recompute import recomputed
 from vatt.engine.tokens import LAYER_NORM_EPSILON
 from vatt.kernels.attention import attention
 from vatt.kernels.capability import widens
@@ -81,15 +82,20 @@ class Block(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Blocks, then LayerNorm and dropout. Only the last hidden state leaves."""
+    """Blocks, then LayerNorm and dropout. Only the last hidden state leaves.
 
-    def __init__(self, config: EncoderConfig, dropout: float, attention_dropout: float) -> None:
+    recompute_layers: so many of the first blocks keep no activations for backward but run again in it.
+    """
+
+    def __init__(self, config: EncoderConfig, dropout: float, attention_dropout: float, recompute_layers: int = 0) -> None:
         super().__init__()
+        self.recompute_layers = recompute_layers
         self.blocks = nn.ModuleList(Block(config, i, dropout, attention_dropout) for i in range(config.layers))
         self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
         self.dropout = Dropout(dropout, "final")
 
     def forward(self, x_BND: Tensor, draws: Draws | None = None, score_bias: Tensor | None = None) -> Tensor:
-        for block in self.blocks:
-            x_BND = block(x_BND, draws, score_bias)
+        for layer, block in enumerate(self.blocks):
+            arguments = x_BND, draws, score_bias
+            x_BND = recomputed(block, *arguments) if layer < self.recompute_layers else block(*arguments)
         return self.dropout(self.norm(x_BND), draws)

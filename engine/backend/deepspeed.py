@@ -11,7 +11,8 @@ import dataclasses
 import logging
 import os
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 from unittest import mock
 
@@ -19,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vatt.engine.backend.gradient_sum import GradientSum
 from vatt.engine.backend.interface import (
     KeptBuffers,
     StepOutcome,
@@ -150,6 +152,7 @@ class DeepSpeedBackend:
             self._write(self.weights[name], None, tensor)
         if exact:
             self._refresh_weights()
+        self.gradients = GradientSum(self.weights.values())
         self.buffers = KeptBuffers(model)
 
     @torch.no_grad()
@@ -176,6 +179,18 @@ class DeepSpeedBackend:
     def backward(self, loss: Tensor) -> None:
         """Gradients, reduced over ranks on the way as the ZeRO stage has it."""
         self.module.backward(poisoned_unless_finite(loss))
+        self.gradients.add()
+
+    @contextmanager
+    def one_reduction(self) -> Iterator[None]:
+        """The engine's own way to leave gradients whole on the weights and reduce them when it is left.
+
+        Its stages 2 and 3 then hold a whole gradient, and in bf16 its sum, on every rank until the end.
+        """
+        with self.module.no_sync() if self.stage == 0 else self.module.coalesce_grad_reduction(), self.gradients.over_passes():
+            yield
+        if self.stage == 0:
+            self.module.allreduce_gradients()
 
     def step(self, learning_rate: float) -> StepOutcome:
         """One guarded Adam update, and the new weights to whoever needs them."""

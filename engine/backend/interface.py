@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from typing import NamedTuple, Protocol
 
 import torch
@@ -31,7 +32,16 @@ class Backend(Protocol):
     module: nn.Module
 
     def backward(self, loss: Tensor) -> None:
-        """Gradients of `loss`, a scalar that is the same on every rank."""
+        """Gradients of `loss`, a scalar that is the same on every rank.
+
+        Within `one_reduction` it is a part of the step's objective, and may be this rank's own.
+        """
+
+    def one_reduction(self) -> AbstractContextManager[None]:
+        """All calls of `backward` inside are one step's: their gradients add up here, and are reduced once, at the end.
+
+        (Not gradient accumulation: nothing is divided by the number of calls.) Collective where backward is.
+        """
 
     def step(self, learning_rate: float) -> StepOutcome:
         """Average the gradients over the ranks, update the parameters, drop the gradients. Collective."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vatt.engine.backend.gradient_sum import GradientSum
 from vatt.engine.backend.interface import (
     KeptBuffers,
     StepOutcome,
@@ -37,12 +39,18 @@ class PlainBackend:
             self.masters = {name: weight.detach().clone() for name, weight in self.weights.items()}
             for parameter in model.parameters():
                 parameter.data = parameter.data.to(torch.bfloat16)
+        self.gradients = GradientSum(self.weights.values())
         self.adam = Adam(self.masters.values(), config.optimizer)
         self.buffers = KeptBuffers(model)
 
     def backward(self, loss: Tensor) -> None:
         """Leave this rank's gradients on the parameters."""
         poisoned_unless_finite(loss).backward()
+        self.gradients.add()
+
+    def one_reduction(self) -> AbstractContextManager[None]:
+        """Nothing is reduced before `step`."""
+        return self.gradients.over_passes()
 
     @torch.no_grad()
     def step(self, learning_rate: float) -> StepOutcome:

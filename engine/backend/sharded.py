@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vatt.engine.backend.gradient_sum import GradientSum
 from vatt.engine.backend.interface import KeptBuffers, StepOutcome, check_state, saved_buffers, state_shapes
 from vatt.engine.backend.plain import PlainBackend
 from vatt.engine.config import RunConfig
@@ -111,6 +112,7 @@ class ShardedBackend(PlainBackend):
                 self.buckets.append(bucket)
                 for module in modules:
                     module.register_forward_pre_hook(lambda _, __, bucket=bucket: bucket.wait())
+        self.gradients = GradientSum(self.weights.values())
         self.adam = Adam([bucket.master for bucket in self.buckets], config.optimizer, partitioned=True)
         self.buffers = KeptBuffers(model)
 

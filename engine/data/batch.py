@@ -30,6 +30,10 @@ class Batch:
     def __len__(self) -> int:
         return self.video.shape[0]
 
+    def rows(self, part: slice) -> Batch:
+        """Some of the clips; views, not copies."""
+        return Batch(**{f.name: getattr(self, f.name)[part] for f in fields(self)})
+
     def to(self, device: torch.device | str) -> Batch:
         """The same batch on `device`; copies from pinned memory do not wait."""
         return Batch(**{f.name: getattr(self, f.name).to(device, non_blocking=True) for f in fields(self)})
