@@ -16,6 +16,7 @@ from vatt.engine.backend.interface import make_backend
 from vatt.engine.config import RunConfig
 from vatt.engine.config_file import load_run
 from vatt.engine.data.batch import Batch
+from vatt.engine.gradient_cache import backward_in_chunks
 from vatt.engine.loss import contrastive_losses
 from vatt.engine.model import VATT
 from vatt.engine.optimizer import learning_rate
@@ -55,9 +56,12 @@ def ours(config: RunConfig, device: str) -> tuple[Step, float]:
     def forward_backward() -> torch.Tensor:
         nonlocal number
         number += 1
-        space = backend.module(batch, Draws.at(config.seed, number, batch.sample_id))
-        losses = contrastive_losses(space, config.loss)
-        backend.backward(losses.total)
+        draws, chunk = Draws.at(config.seed, number, batch.sample_id), config.backend.chunk
+        if 0 < chunk < len(batch):
+            losses = backward_in_chunks(backend, batch, draws, chunk, lambda space: contrastive_losses(space, config.loss))
+        else:
+            losses = contrastive_losses(backend.module(batch, draws), config.loss)
+            backend.backward(losses.total)
         return losses.total.detach()
 
     def update() -> None:
