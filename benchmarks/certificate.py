@@ -295,7 +295,9 @@ def offline(kernels: Sequence[str], targets: Sequence[str], out: Path | None) ->
     Returns (rows, violations).
     """
     if out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CertificateError("--out: matplotlib, which draws the picture, is not installed; pip install 'vatt-engine[report]'")
+        raise CertificateError(
+            "--out: matplotlib, which draws the picture, is not installed; pip install 'vatt-engine[report]'"
+        )
     progress = Progress(0, noun="compilation")
 
     def report(done: int, of: int) -> None:
