@@ -6,7 +6,7 @@ not here, with what each binary will use and the least time each GPU could need 
 One row a launch, shape, tuning and target. A pass (forward, backward) may take several launches; `bytes`, `flops` and the
 roofline times are the pass's, on each of its rows. `shipped` marks the tuning that the target uses. Everything is compiled
 in worker processes, one a core, which start without TRITON_INTERPRET; launches that Triton would compile to the same binary
-are compiled once.
+are compiled once. `--target here` is the target of this machine's GPU.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import json
 import os
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ProcessPoolExecutor, as_completed
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
@@ -26,8 +27,8 @@ import torch
 
 from vatt.engine.profile.roofline import times_us
 from vatt.engine.progress import Progress
-from vatt.kernels.contract import NAMES, Kernel, Shape, row
-from vatt.kernels.gpu.target import TARGETS
+from vatt.kernels.contract import NAMES, Shape, row
+from vatt.kernels.gpu.target import TARGETS, current_target
 
 if TYPE_CHECKING:  # the rest of that folder imports Triton, which only the workers may
     from vatt.kernels.gpu.launch import Launch, Recording
@@ -73,8 +74,6 @@ def without_interpreter() -> None:
 @functools.lru_cache(maxsize=64)
 def recorded(kernel: str, shape: str, target: str, table: str, candidate: str) -> Recording:
     """The launches of forward and backward at a shape, from meta tensors in bf16."""
-    from contextlib import nullcontext
-
     from vatt.kernels.gpu.launch import TABLES, recording
 
     found = row(kernel)
@@ -156,14 +155,18 @@ def certify(
 ) -> tuple[str, list[Row]]:
     """(version of Triton, the rows). processes: 0 is one a core. report(done, of): called after each compilation.
 
-    Raises CertificateError where Triton is missing, ValueError for a name that is not there.
+    Raises CertificateError where Triton is missing, and for a kernel or target that is not there.
     """
     if importlib.util.find_spec("triton") is None:
         raise CertificateError("Triton is not installed, and compiles the kernels; pip install 'vatt-engine[triton]'")
+    for name in kernels:
+        if name not in NAMES:
+            raise CertificateError(f"{name!r} is not a kernel; there are {', '.join(NAMES)}")
     table = [row(name) for name in kernels]
+    targets = [current_target().name if name == "here" else name for name in targets]
     for name in targets:
         if name not in TARGETS:
-            raise CertificateError(f"{name!r} is not a target; there are {', '.join(TARGETS)}")
+            raise CertificateError(f"{name!r} is not a target; there are here, {', '.join(TARGETS)}")
     with ProcessPoolExecutor(
         processes or len(os.sched_getaffinity(0)), mp_context=get_context("spawn"), initializer=without_interpreter
     ) as pool:
@@ -294,10 +297,6 @@ def offline(kernels: Sequence[str], targets: Sequence[str], out: Path | None) ->
 
     Returns (rows, violations).
     """
-    if out is not None and importlib.util.find_spec("matplotlib") is None:
-        raise CertificateError(
-            "--out: matplotlib, which draws the picture, is not installed; pip install 'vatt-engine[report]'"
-        )
     progress = Progress(0, noun="compilation")
 
     def report(done: int, of: int) -> None:
@@ -313,12 +312,16 @@ def offline(kernels: Sequence[str], targets: Sequence[str], out: Path | None) ->
     print(f"\nTriton {version}: {len(rows)} rows, {len(broken)} violations")
     print("".join(f"  {line}\n" for line in broken), end="")
     if out is not None:
-        from vatt.benchmarks.certificate_picture import draw
-
         folder = out / "offline"
         folder.mkdir(parents=True, exist_ok=True)
         record = {"triton": version, "torch": torch.__version__, "violations": broken, "rows": rows}
         (folder / "certificate.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-        draw(rows, folder / "certificate.png")
-        print(f"-> {folder}/certificate.json, certificate.png")
+        print(f"-> {folder / 'certificate.json'}")
+        if importlib.util.find_spec("matplotlib") is None:
+            print("no picture: matplotlib is not installed; pip install 'vatt-engine[report]'")
+        else:
+            from vatt.benchmarks.certificate_picture import draw
+
+            draw(rows, folder / "certificate.png")
+            print(f"-> {folder / 'certificate.png'}")
     return rows, broken
