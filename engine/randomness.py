@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from vatt.kernels.counter import Stream
-from vatt.kernels.dropout import dropout
+from vatt.kernels.dropout import DropoutMask, dropout
 
 
 class Modality(IntEnum):
@@ -37,7 +37,8 @@ class Draws:
         """The draws of one step for these samples, on their device."""
 
         def scalar(value: int) -> Tensor:
-            return torch.tensor(value, dtype=torch.int64, device=sample_id.device)
+            # Filled there by a kernel; torch.tensor would copy it there and wait.
+            return torch.full((), value, dtype=torch.int64, device=sample_id.device)
 
         return Draws(scalar(seed), scalar(step), sample_id)
 
@@ -63,14 +64,22 @@ class Dropout(nn.Module):
         self.rate = rate
         self.site = (layer + 1) * _SITES_PER_LAYER + SITES[site]
 
-    def forward(self, x: Tensor, draws: Draws | None) -> Tensor:
-        """x: (B * R, ...) with R rows per sample. Raises ValueError when training at a rate above 0 without draws."""
+    def mask(self, draws: Draws | None) -> DropoutMask | None:
+        """What this site drops now, for a kernel that drops it in passing; None in evaluation and at rate 0.
+
+        Raises ValueError when training at a rate above 0 without draws.
+        """
         if not self.training or self.rate == 0.0:
-            return x
+            return None
         if draws is None:
             raise ValueError("dropout in training needs draws: pass model(batch, draws=Draws.at(seed, step, batch.sample_id))")
         stream = Stream.DROPOUT + draws.modality * _SITES_PER_MODALITY + self.site
-        return dropout(x, self.rate, draws.seed, draws.step, draws.sample_id, stream)
+        return DropoutMask(self.rate, draws.seed, draws.step, draws.sample_id, stream)
+
+    def forward(self, x: Tensor, draws: Draws | None) -> Tensor:
+        """x: (B * R, ...) with R rows per sample. Raises as `mask`."""
+        mask = self.mask(draws)
+        return x if mask is None else dropout(x, *mask)
 
     def extra_repr(self) -> str:
         return f"rate={self.rate}"

@@ -12,26 +12,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.engine.config import TextConfig
+from vatt.engine.norm import RMSNorm
 from vatt.engine.randomness import Draws, Dropout
-from vatt.engine.recompute import recomputed
-from vatt.engine.tokens import LAYER_NORM_EPSILON, prepend_aggregate
-from vatt.engine.transformer import Attention, FeedForward
+from vatt.engine.tokens import prepend_aggregate
+from vatt.engine.transformer import Block, run_blocks
 from vatt.kernels.linear import Linear
 
 PADDING = 0
 MASKED_SCORE = -1e9
-
-
-class RMSNorm(nn.Module):
-    """x / sqrt(mean(x^2) + eps) * weight: no mean, no bias; computed in at least fp32."""
-
-    def __init__(self, width: int) -> None:
-        super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        exact = x.to(torch.promote_types(x.dtype, torch.float32))
-        return (exact * torch.rsqrt(exact.square().mean(-1, keepdim=True) + LAYER_NORM_EPSILON)).to(x.dtype) * self.weight
 
 
 def relative_bucket(offset: Tensor, buckets: int, max_distance: int) -> Tensor:
@@ -69,27 +57,17 @@ def padding_bias(ids_RL: Tensor) -> Tensor:
     return torch.where(visible, 0.0, MASKED_SCORE)[:, None, None, :]
 
 
-class TextBlock(nn.Module):
+class TextBlock(Block):
     """RMS norm before attention, LayerNorm before the feed-forward network; no linear has a bias; scores are not scaled."""
 
     def __init__(self, config: TextConfig, layer: int, dropout: float, attention_dropout: float) -> None:
-        super().__init__()
-        self.attention_norm = RMSNorm(config.width)
-        self.attention = Attention(config, layer, attention_dropout, bias=False, scale=1.0)
-        self.attention_dropout = Dropout(dropout, "attention_output", layer)
-        self.feed_forward_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.feed_forward = FeedForward(config, layer, dropout, bias=False)
-        self.feed_forward_dropout = Dropout(dropout, "output", layer)
-
-    def forward(self, x_RND: Tensor, draws: Draws | None, score_bias: Tensor) -> Tensor:
-        x_RND = x_RND + self.attention_dropout(self.attention(self.attention_norm(x_RND), draws, score_bias), draws)
-        return x_RND + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x_RND), draws), draws)
+        super().__init__(config, layer, dropout, attention_dropout, attention_norm=RMSNorm, bias=False, scale=1.0)
 
 
 class TextEncoder(nn.Module):
     """T5-style tower: words -> AGG in front, in word space -> Linear + GELU -> blocks -> RMS norm.
 
-    recompute_layers as in `transformer.Encoder`.
+    recompute_layers: see `transformer.run_blocks`.
     """
 
     def __init__(self, config: TextConfig, dropout: float, attention_dropout: float, recompute_layers: int = 0) -> None:
@@ -109,10 +87,8 @@ class TextEncoder(nn.Module):
         words_RNW = prepend_aggregate(self.aggregate, self.words(ids_RL))
         x_RND = self.embedding_dropout(F.gelu(self.projection(words_RNW)), draws)
         score_bias = self.relative_bias(x_RND.shape[1]) + padding_bias(ids_RL)
-        for layer, block in enumerate(self.blocks):
-            arguments = x_RND, draws, score_bias
-            x_RND = recomputed(block, *arguments) if layer < self.recompute_layers else block(*arguments)
-        return self.final_dropout(self.norm(x_RND), draws)[:, 0]
+        normed_RND = run_blocks(self.blocks, self.norm, x_RND, draws, score_bias, self.recompute_layers)
+        return self.final_dropout(normed_RND, draws)[:, 0]
 
 
 class LinearText(nn.Module):

@@ -6,16 +6,17 @@ B = samples, N = tokens with AGG, D = width, H = heads, E = features of a head.
 from __future__ import annotations
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vatt.engine.config import EncoderConfig
+from vatt.engine.norm import LayerNorm, Norm
 from vatt.engine.randomness import Draws, Dropout
 from vatt.engine.recompute import recomputed
-from vatt.engine.tokens import LAYER_NORM_EPSILON
 from vatt.kernels.attention import attention
+from vatt.kernels.bias_gelu import bias_gelu
 from vatt.kernels.capability import widens
-from vatt.kernels.linear import Linear
+from vatt.kernels.dropout import DropoutMask
+from vatt.kernels.linear import Linear, linear
 
 
 class Attention(nn.Module):
@@ -51,51 +52,105 @@ class Attention(nn.Module):
         return (self.weight_dropout(scores.softmax(-1).to(v.dtype), draws) @ v).to(dtype)
 
 
+class LinearGelu(Linear):
+    """Linear, exact (erf) GELU, dropout: the first half of a feed-forward network; the parameters of a linear layer."""
+
+    def forward(self, x: Tensor, dropout: DropoutMask | None = None) -> Tensor:
+        # A GPU reads every element for the GELU anyway, and in backward adds up the bias gradient while it has them; a CPU's
+        # matrix product takes the bias for nothing.
+        if x.device.type == "cuda":
+            return bias_gelu(linear(x, self.weight), self.bias, dropout)
+        return bias_gelu(linear(x, self.weight, self.bias), None, dropout)
+
+
 class FeedForward(nn.Module):
     """Linear, exact (erf) GELU, dropout, linear."""
 
     def __init__(self, config: EncoderConfig, layer: int, dropout: float, *, bias: bool) -> None:
         super().__init__()
-        self.up = Linear(config.width, config.hidden, bias=bias)
+        self.up = LinearGelu(config.width, config.hidden, bias=bias)
         self.dropout = Dropout(dropout, "hidden", layer)
         self.down = Linear(config.hidden, config.width, bias=bias)
 
     def forward(self, x_BND: Tensor, draws: Draws | None) -> Tensor:
-        return self.down(self.dropout(F.gelu(self.up(x_BND)), draws))
+        return self.down(self.up(x_BND, self.dropout.mask(draws)))
 
 
 class Block(nn.Module):
-    """x + Drop(Attention(LN(x))), then x + Drop(FeedForward(LN(x)))."""
+    """x + Drop(Attention(norm(x))), then x + Drop(FeedForward(LN(x))).
 
-    def __init__(self, config: EncoderConfig, layer: int, dropout: float, attention_dropout: float) -> None:
+    attention_norm, bias, scale: what differs in the text tower.
+    """
+
+    def __init__(
+        self,
+        config: EncoderConfig,
+        layer: int,
+        dropout: float,
+        attention_dropout: float,
+        attention_norm: type[Norm] = LayerNorm,
+        bias: bool = True,
+        scale: float | None = None,
+    ) -> None:
         super().__init__()
-        self.attention_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.attention = Attention(config, layer, attention_dropout, bias=True, scale=config.head_width**-0.5)
+        scale = config.head_width**-0.5 if scale is None else scale
+        self.attention_norm = attention_norm(config.width)
+        self.attention = Attention(config, layer, attention_dropout, bias=bias, scale=scale)
         self.attention_dropout = Dropout(dropout, "attention_output", layer)
-        self.feed_forward_norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
-        self.feed_forward = FeedForward(config, layer, dropout, bias=True)
+        self.feed_forward_norm = LayerNorm(config.width)
+        self.feed_forward = FeedForward(config, layer, dropout, bias=bias)
         self.feed_forward_dropout = Dropout(dropout, "output", layer)
 
-    def forward(self, x_BND: Tensor, draws: Draws | None, score_bias: Tensor | None = None) -> Tensor:
-        x_BND = x_BND + self.attention_dropout(self.attention(self.attention_norm(x_BND), draws, score_bias), draws)
-        return x_BND + self.feed_forward_dropout(self.feed_forward(self.feed_forward_norm(x_BND), draws), draws)
+    def forward(
+        self,
+        x_BND: Tensor,
+        draws: Draws | None,
+        score_bias: Tensor | None = None,
+        normed_BND: Tensor | None = None,
+        following: Norm | None = None,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """The stream after this block; with `following`, the norm that reads it next, (stream, following(stream)).
+
+        Adding a branch to the stream and the norm after it are one pass over memory, and so belong together even where
+        the norm is the next block's. normed_BND: this block's own attention norm of x_BND, if that is how it came.
+        """
+        normed_BND = self.attention_norm(x_BND) if normed_BND is None else normed_BND
+        branch_BND = self.attention(normed_BND, draws, score_bias)
+        x_BND, normed_BND = self.feed_forward_norm(x_BND, branch_BND, self.attention_dropout.mask(draws))
+        branch_BND = self.feed_forward(normed_BND, draws)
+        if following is None:
+            return x_BND + self.feed_forward_dropout(branch_BND, draws)
+        joined: tuple[Tensor, Tensor] = following(x_BND, branch_BND, self.feed_forward_dropout.mask(draws))
+        return joined
+
+
+def run_blocks(
+    blocks: nn.ModuleList, norm: Norm, x_BND: Tensor, draws: Draws | None, score_bias: Tensor | None, recompute_layers: int
+) -> Tensor:
+    """norm(the stream after the last block).
+
+    recompute_layers: so many of the first blocks keep no activations for backward but run again in it. What they keep is the
+    stream alone, so the norm between two of them is taken by the second.
+    """
+    normed_BND = None
+    for layer, block in enumerate(blocks):
+        if layer < recompute_layers:
+            x_BND = recomputed(block, x_BND, draws, score_bias)
+        else:
+            following = blocks[layer + 1].attention_norm if layer + 1 < len(blocks) else norm
+            x_BND, normed_BND = block(x_BND, draws, score_bias, normed_BND, following)
+    return norm(x_BND) if normed_BND is None else normed_BND
 
 
 class Encoder(nn.Module):
-    """Blocks, then LayerNorm and dropout. Only the last hidden state leaves.
-
-    recompute_layers: so many of the first blocks keep no activations for backward but run again in it.
-    """
+    """Blocks, then LayerNorm and dropout. Only the last hidden state leaves. recompute_layers: see `run_blocks`."""
 
     def __init__(self, config: EncoderConfig, dropout: float, attention_dropout: float, recompute_layers: int = 0) -> None:
         super().__init__()
         self.recompute_layers = recompute_layers
         self.blocks = nn.ModuleList(Block(config, i, dropout, attention_dropout) for i in range(config.layers))
-        self.norm = nn.LayerNorm(config.width, eps=LAYER_NORM_EPSILON)
+        self.norm = LayerNorm(config.width)
         self.dropout = Dropout(dropout, "final")
 
     def forward(self, x_BND: Tensor, draws: Draws | None = None, score_bias: Tensor | None = None) -> Tensor:
-        for layer, block in enumerate(self.blocks):
-            arguments = x_BND, draws, score_bias
-            x_BND = recomputed(block, *arguments) if layer < self.recompute_layers else block(*arguments)
-        return self.dropout(self.norm(x_BND), draws)
+        return self.dropout(run_blocks(self.blocks, self.norm, x_BND, draws, score_bias, self.recompute_layers), draws)

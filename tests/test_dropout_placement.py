@@ -14,7 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.engine import randomness
+from vatt.engine import norm as norms
+from vatt.engine import randomness, transformer
 from vatt.engine.config import (
     AudioConfig,
     DataConfig,
@@ -32,7 +33,7 @@ from vatt.engine.loss import contrastive_losses
 from vatt.engine.model import VATT
 from vatt.engine.randomness import SITES, Draws, Dropout, Modality
 from vatt.kernels.counter import Stream
-from vatt.kernels.dropout import keep_mask
+from vatt.kernels.dropout import DropoutMask, keep_mask
 
 LAYERS, CLIPS, CANDIDATES, RATE = 2, 8, 2, 0.1
 KINDS = ["specific", "agnostic"]
@@ -93,16 +94,42 @@ class Applied:
 
 @pytest.fixture
 def applied(monkeypatch: pytest.MonkeyPatch) -> list[Applied]:
-    """Every call that any site makes, in order."""
-    calls: list[Applied] = []
-    original = randomness.dropout
+    """Every dropout of any site, in order, alone or in passing.
 
-    def watch(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
-        y = original(x, rate, seed, step, sample_id, stream)
+    Of a kernel that drops in passing the result shows what it dropped: where the stream gained exactly nothing from a
+    branch, and where a GELU came out as exactly 0.
+    """
+    calls: list[Applied] = []
+    alone, joining, activating = randomness.dropout, norms.add_layer_norm, transformer.bias_gelu
+
+    def watch_alone(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
+        y = alone(x, rate, seed, step, sample_id, stream)
         calls.append(Applied(int(stream), rate, x.detach(), y.detach()))
         return y
 
-    monkeypatch.setattr(randomness, "dropout", watch)
+    def watch_joining(
+        branch: Tensor | None,
+        residual: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        eps: float,
+        mask: DropoutMask | None,
+        *rest,
+    ) -> tuple[Tensor, Tensor]:
+        total, normed = joining(branch, residual, weight, bias, eps, mask, *rest)
+        if mask is not None:
+            calls.append(Applied(int(mask.stream), mask.rate, branch.detach(), (total - residual).detach()))
+        return total, normed
+
+    def watch_activating(x: Tensor, bias: Tensor | None, mask: DropoutMask | None) -> Tensor:
+        y = activating(x, bias, mask)
+        if mask is not None:
+            calls.append(Applied(int(mask.stream), mask.rate, F.gelu(x if bias is None else x + bias).detach(), y.detach()))
+        return y
+
+    monkeypatch.setattr(randomness, "dropout", watch_alone)
+    monkeypatch.setattr(norms, "add_layer_norm", watch_joining)
+    monkeypatch.setattr(transformer, "bias_gelu", watch_activating)
     return calls
 
 

@@ -6,6 +6,7 @@ Activations within 2e-5, losses 1e-4 relative, gradients 1e-3 of the array's nor
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -136,9 +137,9 @@ def agnostic() -> Golden:
     return Golden("ut_fac_tiny.npz")
 
 
-def watch(model: VATT) -> dict[str, Tensor]:
-    """Every module's output, by name, filled in by the next forward pass."""
-    outputs: dict[str, Tensor] = {}
+def watch(model: VATT) -> dict[str, Any]:
+    """Every module's output, by name, filled in by the next forward pass. Of a block: (stream, the norm after it)."""
+    outputs: dict[str, Any] = {}
     for name, module in model.named_modules():
         module.register_forward_hook(lambda _, __, out, name=name: outputs.__setitem__(name, out))
     return outputs
@@ -164,7 +165,8 @@ def test_specific_inference_layer_by_layer(specific: Golden) -> None:
         expected = specific.under(f"eval/{m}/")
         assert_activation(seen[f"{m}.tokens"], expected["after_pos"], f"{m} tokens")
         for i in range(2):
-            assert_activation(seen[f"{m}.encoder.blocks.{i}"], expected[f"layer{i}"], f"{m} block {i}")
+            stream, _ = seen[f"{m}.encoder.blocks.{i}"]
+            assert_activation(stream, expected[f"layer{i}"], f"{m} block {i}")
         assert_activation(seen[f"{m}.encoder"], expected["final_norm"], f"{m} final norm")
         assert_activation(seen[f"{m}.encoder"][:, 1:].flatten(1), expected["features"].flatten(1), f"{m} features")
         assert_activation(getattr(space, f"{m}_features"), expected["features_pooled"], f"{m} AGG")
@@ -177,8 +179,10 @@ def test_specific_inference_layer_by_layer(specific: Golden) -> None:
     text = specific.under("eval/text/")
     assert_activation(seen["text.relative_bias"], text["rel_bias_no_mask"], "relative bias")
     for i in range(3):
-        assert_activation(seen[f"text.blocks.{i}"], text[f"layer{i}"], f"text block {i}")
-    assert_activation(seen["text.norm"], text["final_norm"], "text final norm")
+        stream, _ = seen[f"text.blocks.{i}"]
+        assert_activation(stream, text[f"layer{i}"], f"text block {i}")
+    _, normed = seen["text.norm"]
+    assert_activation(normed, text["final_norm"], "text final norm")
     heads = specific.under("eval/head/")
     for ours, key in HEADS.items():
         assert_activation(getattr(space, ours), heads[key], key)

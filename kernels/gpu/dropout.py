@@ -24,8 +24,8 @@ def keep_block(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, strea
 def mask_arguments(dropout: DropoutMask | None, rows: int) -> dict[str, Tensor | int | float | None]:
     """The run-time arguments of a fused dropout, for kernels that name them p_seed, p_step, p_sample and so on."""
     if dropout is None:
-        names = ("p_seed", "p_step", "p_sample", "rows_per_sample", "stream", "threshold")
-        return {name: None for name in names} | {"scale": None}
+        names = ("p_seed", "p_step", "p_sample", "rows_per_sample", "stream", "threshold", "scale")
+        return dict.fromkeys(names)
     return {
         "p_seed": dropout.seed,
         "p_step": dropout.step,

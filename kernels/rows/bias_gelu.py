@@ -26,8 +26,8 @@ def _make(*shape: int, bias: bool = True, samples: int = 0, strided: bool = Fals
 
 def mask(samples: int, device: torch.device, rate: float = 0.1, stream: int = 1030) -> DropoutMask:
     """A dropout of a training step in the middle of a run."""
-    scalars = (torch.tensor(value, device=device) for value in (2**40 + 5, 123_456))
-    return DropoutMask(rate, *scalars, torch.arange(samples, device=device) * 1000 + 7, stream)
+    seed, step = (torch.tensor(value, device=device) for value in (2**40 + 5, 123_456))
+    return DropoutMask(rate, seed, step, torch.arange(samples, device=device) * 1000 + 7, stream)
 
 
 def _launches(x: Tensor, bias_C: Tensor | None, dropout: DropoutMask | None) -> None:
