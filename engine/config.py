@@ -280,8 +280,18 @@ class BackendConfig:
     gradient_accumulation_steps: int = option(1, "Must stay 1: accumulation would shrink the set of negatives.")
     device: Literal["auto", "cpu", "cuda"] = option("auto", "Where to train.")
     threads: int = option(0, "CPU threads per rank; 0 = cores / ranks on the host.")
+    cuda_graph: bool = option(False, "torch, on a GPU: record the step once and replay it, for small local batches.")
+    compile: bool = option(False, "torch: each block of a tower through torch.compile; the first steps take minutes.")
+    tower_streams: bool = option(False, "On a GPU: audio and text towers beside the video tower, each on its own stream.")
 
     def __post_init__(self) -> None:
+        for name in ("cuda_graph", "compile"):
+            require(not getattr(self, name) or self.name == "torch", name, "needs backend.name = 'torch'")
+        require(
+            not (self.compile and self.recompute_layers),
+            "compile",
+            "does not go with backend.recompute_layers, the compiler decides itself what to keep; choose one",
+        )
         for name in ("chunk", "recompute_layers"):
             require(getattr(self, name) >= 0, name, "must not be negative")
         require(

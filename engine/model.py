@@ -17,6 +17,7 @@ from vatt.engine.data.batch import Batch
 from vatt.engine.distributed import all_gather_rows
 from vatt.engine.initialise import initialise
 from vatt.engine.randomness import Draws, Dropout, Modality
+from vatt.engine.streams import side_by_side
 from vatt.engine.text_encoder import PADDING, LinearText, TextEncoder, padding_bias
 from vatt.engine.tokens import AudioTokens, PatchTokens, PositionBuckets, VideoTokens, prepend_aggregate
 from vatt.engine.transformer import Encoder
@@ -180,11 +181,14 @@ class VATT(nn.Module):
         """Tokens to features, on this rank."""
         if kept is None:
             kept = self.choose_kept(batch, draws) if self.training else Kept()
-        return Features(
-            video=self.encode_video(batch.video, kept.video, draws),
-            audio=self.encode_audio(batch.audio, kept.audio, draws),
-            text=self.encode_text(batch.text, draws),
+        towers = (
+            lambda: self.encode_video(batch.video, kept.video, draws),
+            lambda: self.encode_audio(batch.audio, kept.audio, draws),
+            lambda: self.encode_text(batch.text, draws),
         )
+        if self.config.backend.tower_streams and batch.video.is_cuda:
+            return Features(*side_by_side(towers, batch.video.device))
+        return Features(*(encode() for encode in towers))
 
     def project(self, features: Features, batch: Batch) -> CommonSpace:
         """Features to the common space, over all ranks in training; of `batch` only the flags and the words are read."""

@@ -95,8 +95,11 @@ class Adam:
         self.updates += ~self.skipped
 
     @torch.no_grad()
-    def update(self, parameters: list[Tensor], gradients: list[Tensor], learning_rate: float) -> None:
-        """Move fp32 `parameters` by fp32 `gradients`, unless the last `guard` said no."""
+    def update(self, parameters: list[Tensor], gradients: list[Tensor], learning_rate: float | Tensor) -> None:
+        """Move fp32 `parameters` by fp32 `gradients`, unless the last `guard` said no.
+
+        The rate may be an fp32 scalar on the device, which a recorded step reads anew at each replay.
+        """
         beta1, beta2 = self.config.beta1, self.config.beta2
         rate: Any = learning_rate
         updates = self.updates

@@ -12,6 +12,7 @@ from torch import Tensor
 from vatt.engine.backend.interface import Backend, StepOutcome, make_backend
 from vatt.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from vatt.engine.config import ConfigError, RunConfig
+from vatt.engine.cuda_graph import Replayed
 from vatt.engine.data.batch import Batch
 from vatt.engine.data.catalogue import Catalogue
 from vatt.engine.data.loader import ClipLoader
@@ -40,6 +41,17 @@ class Run:
     vocabulary: Vocabulary
     directory: RunDirectory | None
     skipped: Tensor  # int64 scalar on the device: steps skipped so far
+    replayed: Replayed | None = None  # the step as a CUDA graph, where backend.cuda_graph asks for one
+
+    def __post_init__(self) -> None:
+        if self.config.backend.cuda_graph:
+            if self.process.device.type != "cuda":
+                raise ConfigError(f"backend.cuda_graph: the run is on {self.process.device.type}; set it to false")
+            self.replayed = Replayed(self._tensors_of_a_step)
+
+    def _tensors_of_a_step(self, batch: Batch, draws: Draws, rate: Tensor) -> tuple[Tensor, ...]:
+        losses, outcome = forward_backward_update(self, batch, draws, rate)
+        return losses.total.detach(), losses.video_audio.detach(), losses.video_text.detach(), *outcome
 
     @property
     def replicas(self) -> int:
@@ -65,15 +77,24 @@ def train_step(run: Run, batch: Batch, step: int) -> StepReport:
     """One step, the `step`-th from 0."""
     rate = learning_rate(step, run.config.optimizer, run.config.steps)
     draws = Draws.at(run.config.seed, step, batch.sample_id)
+    if run.replayed is None:
+        losses, outcome = forward_backward_update(run, batch, draws, rate)
+    else:
+        *found, norm, skipped = run.replayed(batch, draws, torch.full((), rate, device=batch.video.device))
+        losses, outcome = Losses(*found), StepOutcome(norm, skipped)
+    run.skipped += outcome.skipped
+    return StepReport(step, rate, losses, outcome)
+
+
+def forward_backward_update(run: Run, batch: Batch, draws: Draws, rate: float | Tensor) -> tuple[Losses, StepOutcome]:
+    """All the arithmetic of a step; nothing in it waits for the device."""
     chunk = run.config.backend.chunk
     if 0 < chunk < len(batch):
         losses = backward_in_chunks(run.backend, batch, draws, chunk, run.losses)
     else:
         losses = run.losses(run.backend.module(batch, draws))
         run.backend.backward(losses.total)
-    outcome = run.backend.step(rate)
-    run.skipped += outcome.skipped
-    return StepReport(step, rate, losses, outcome)
+    return losses, run.backend.step(rate)
 
 
 def pretrain(config: RunConfig) -> int:

@@ -192,7 +192,7 @@ class DeepSpeedBackend:
         if self.stage == 0:
             self.module.allreduce_gradients()
 
-    def step(self, learning_rate: float) -> StepOutcome:
+    def step(self, learning_rate: float | Tensor) -> StepOutcome:
         """One guarded Adam update, and the new weights to whoever needs them."""
         for group in self.adam.param_groups:
             group["lr"] = learning_rate

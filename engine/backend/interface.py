@@ -43,7 +43,7 @@ class Backend(Protocol):
         (Not gradient accumulation: nothing is divided by the number of calls.) Collective where backward is.
         """
 
-    def step(self, learning_rate: float) -> StepOutcome:
+    def step(self, learning_rate: float | Tensor) -> StepOutcome:
         """Average the gradients over the ranks, update the parameters, drop the gradients. Collective."""
 
     def gather_state(self) -> dict[str, Tensor] | None:
@@ -79,7 +79,17 @@ def make_backend(model: nn.Module, config: RunConfig, *, rank: int, world_size: 
             f"backend.zero_stage: {stage} needs backend.name = 'deepspeed'; "
             "'torch' divides Adam over the ranks (1) or nothing (0)"
         )
-    if stage == 1 and world_size > 1:
+    sharded = stage == 1 and world_size > 1
+    if sharded and config.backend.cuda_graph:
+        raise ConfigError(
+            "backend.cuda_graph: weights arrive during the next step when Adam is divided over the ranks, which a recorded "
+            "step cannot wait for; set backend.zero_stage = 0"
+        )
+    if config.backend.compile:
+        for stack in [module for module in model.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in stack:
+                layer.compile()
+    if sharded:
         from vatt.engine.backend.sharded import ShardedBackend
 
         return ShardedBackend(model, config, rank=rank, world_size=world_size, device=device)

@@ -53,7 +53,7 @@ class PlainBackend:
         return self.gradients.over_passes()
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepOutcome:
+    def step(self, learning_rate: float | Tensor) -> StepOutcome:
         """One guarded Adam update from the gradients' mean over ranks."""
         # ZeRO sees a zero where a parameter took no part; so do we, or the backends' moments would part.
         gradients = [w.grad if w.grad is not None else torch.zeros_like(w) for w in self.weights.values()]

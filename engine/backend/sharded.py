@@ -117,7 +117,7 @@ class ShardedBackend(PlainBackend):
         self.buffers = KeptBuffers(model)
 
     @torch.no_grad()
-    def step(self, learning_rate: float) -> StepOutcome:
+    def step(self, learning_rate: float | Tensor) -> StepOutcome:
         """One guarded Adam update of this rank's slices, from the gradients' mean over ranks."""
         gradients = [bucket.mean_gradient() for bucket in self.buckets]
         self.adam.guard(gradients)
