@@ -10,9 +10,11 @@ one unit in the last place of the largest true element (which a result rounded o
 
 from __future__ import annotations
 
+import functools
 import importlib
+import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -36,7 +38,10 @@ class Case:
 
 @dataclass(frozen=True)
 class Shape:
-    """A real shape of VATT. Bytes: the least that has to be read and written; FLOPs: multiply-adds count 2."""
+    """A real shape of VATT. Bytes: the least that has to be read and written; FLOPs: multiply-adds count 2.
+
+    divided: the same shape with that many times fewer clips, for timing on a CPU (see `divisible`).
+    """
 
     name: str
     make: Make
@@ -44,6 +49,27 @@ class Shape:
     backward_bytes: int
     forward_flops: int = 0
     backward_flops: int = 0
+    divided: Callable[[int], Shape] | None = None
+
+
+def divisible(*counts: str) -> Callable[[Callable[..., Shape]], Callable[..., Shape]]:
+    """For a function that makes shapes: `counts` are its parameters that grow with the number of clips (0 stays 0)."""
+
+    def decorate(make_shape: Callable[..., Shape]) -> Callable[..., Shape]:
+        signature = inspect.signature(make_shape)
+
+        @functools.wraps(make_shape)
+        def made(*arguments: Any, **named: Any) -> Shape:
+            given = signature.bind(*arguments, **named).arguments
+
+            def divided(factor: int) -> Shape:
+                return made(**{name: max(1, n // factor) if name in counts and n else n for name, n in given.items()})
+
+            return replace(make_shape(*arguments, **named), divided=divided)
+
+        return made
+
+    return decorate
 
 
 @dataclass(frozen=True)

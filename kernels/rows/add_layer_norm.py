@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vatt.kernels.add_layer_norm import Form, add_layer_norm, add_layer_norm_eager, add_layer_norm_reference
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.rows.bias_gelu import mask
 
@@ -63,6 +63,7 @@ def _launches(
         backward(total, normed, total, mean, rstd, weight, *biases, rms, dropout)
 
 
+@divisible("batch", "samples")
 def _shape(
     name: str, batch: int, tokens: int, width: int, form: Form = "layer", samples: int = 0, branch: bool = True
 ) -> Shape:

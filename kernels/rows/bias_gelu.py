@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from vatt.kernels.bias_gelu import bias_gelu, bias_gelu_eager, bias_gelu_reference
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.dropout import DropoutMask
 
 
@@ -36,6 +36,7 @@ def _launches(x: Tensor, bias_C: Tensor | None, dropout: DropoutMask | None) -> 
     backward(forward(x, bias_C, dropout), x, bias_C, dropout)
 
 
+@divisible("batch", "samples")
 def _shape(name: str, batch: int, tokens: int, hidden: int, samples: int = 0) -> Shape:
     elements = batch * tokens * hidden
     return Shape(
