@@ -114,6 +114,25 @@ def report(args: argparse.Namespace) -> int:
     return SUCCESS
 
 
+def bench_kernels(args: argparse.Namespace) -> int:
+    if args.offline:
+        if args.check or args.no_compile:
+            raise _UsageError(
+                "--check and --no-compile run kernels, --offline compiles them for GPUs that are not here; drop one"
+            )
+        from vatt.benchmarks.certificate import offline
+
+        rows, broken = offline(args.kernel, args.target, args.out)
+    else:
+        if args.target:
+            raise _UsageError("--target is for --offline; what is timed is this machine")
+        from vatt.benchmarks.bench_kernels import measure
+
+        rows, broken = measure(args.kernel, args.out, check_only=args.check, compiled=not args.no_compile)
+    _write_rows(args.json, rows)
+    return FAILED if broken else SUCCESS
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -145,6 +164,22 @@ def _retrieval(parser: argparse.ArgumentParser) -> None:
 
 def _run_directory(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("run_directory", type=Path, metavar="RUN", help="run directory")
+
+
+def _bench_kernels(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--offline", action="store_true", help="compile all of them for GPUs that are not here, and check that")
+    parser.add_argument("--kernel", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    parser.add_argument(
+        "--target",
+        action="append",
+        default=[],
+        metavar="TARGET",
+        help="of --offline: sm_80, sm_90, sm_100 or here (default: all)",
+    )
+    parser.add_argument("--check", action="store_true", help="no timing: only whether every case is within its error budget")
+    parser.add_argument("--no-compile", action="store_true", help="leave torch.compile out of the timing")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of results; a folder per machine is made in it")
+    _json(parser)
 
 
 def _count(text: str) -> int:
@@ -185,9 +220,16 @@ COMMANDS = (
         evaluate_retrieval,
         _retrieval,
     ),
+    Command(
+        "bench kernels",
+        "time every kernel against PyTorch, or compile all for GPUs that are not here",
+        "vatt bench kernels --offline --target sm_90 --out benchmarks/results",
+        bench_kernels,
+        _bench_kernels,
+    ),
     Command("report", "one self-contained HTML page about a run", "vatt report runs/demo", report, _run_directory),
 )
-_GROUPS = {"config": "configurations", "data": "clips on disk", "evaluate": "downstream metrics"}
+_GROUPS = {"config": "configurations", "data": "clips on disk", "evaluate": "downstream metrics", "bench": "measurements"}
 
 
 # ---- the parser ------------------------------------------------------------------------------------------------------
