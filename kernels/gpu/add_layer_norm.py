@@ -6,8 +6,8 @@ warps idle without reading for them.
 
 Backward is bound by memory only if the sums over all rows (weight, bias, branch bias) cost nothing. One buffer row for
 each few rows of input would be half as large as the input itself. So a fixed number of programs walk over all rows, each
-keeping its sums in registers, and a second kernel adds up one buffer row a program, in order: deterministic, and about 1 %
-of the bytes at VATT's shapes.
+keeping its sums in registers, and one buffer row a program is added up in the end (`partial_sums`): deterministic, and
+about 1 % of the bytes at VATT's shapes.
 
 Legend: M rows, D columns, P programs. Prefixes: o_ offsets, m_ mask, p_ pointer, b_ block.
 """
@@ -22,12 +22,12 @@ from torch import Tensor
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
+from vatt.kernels.gpu.partial_sums import add_up
 from vatt.kernels.gpu.target import current_target
 
 TARGET_NAMES = ("sm_80", "sm_90", "sm_100")
 # Of the GPUs the targets stand for (A100, H100 and H200, B200). Another count is as right, only less even.
 MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
-REDUCE_P, REDUCE_D = 64, 32  # block of the second kernel: 128-byte pieces of the buffer's rows
 
 
 def _forward_tunings(width: int, warps: int, *rows: int) -> Tunings:
@@ -207,26 +207,6 @@ def _backward(
         tl.store(p_row + (stride * 2 if BIAS else stride), b_dbranch_bias, mask=m_d)
 
 
-@triton.jit
-def _reduce(p_partial, p_first, p_second, p_third, P, D, BLOCK_P: tl.constexpr, BLOCK_D: tl.constexpr):
-    """Each gradient's sum over the P rows of its part of the buffer (gradients, P, D), in a fixed order."""
-    which = tl.program_id(1)
-    o_d = tl.program_id(0) * BLOCK_D + tl.arange(0, BLOCK_D)
-    m_d = o_d < D
-    b_sum = tl.zeros([BLOCK_P, BLOCK_D], tl.float32)
-    for start in tl.range(0, P, BLOCK_P):
-        o_p = start + tl.arange(0, BLOCK_P)
-        o_x = (which * P + o_p)[:, None] * D + o_d[None, :]
-        b_sum += tl.load(p_partial + o_x, mask=(o_p < P)[:, None] & m_d[None, :], other=0.0)
-    b_out = tl.sum(b_sum, 0).to(p_first.dtype.element_ty)
-    if which == 0:
-        tl.store(p_first + o_d, b_out, mask=m_d)
-    if p_second is not None and which == 1:
-        tl.store(p_second + o_d, b_out, mask=m_d)
-    if p_third is not None and which == 2:
-        tl.store(p_third + o_d, b_out, mask=m_d)
-
-
 def forward(
     branch: Tensor | None,
     residual: Tensor,
@@ -303,13 +283,8 @@ def backward(
     }
     constants = {"RMS": rms, "DROPOUT": dropout is not None, "BIAS": has_bias, "BRANCH_BIAS": has_branch_bias}
     Launch(_backward, (P,), arguments, constants, tuning)()
-    gradients = [torch.empty_like(weight) if found else weight.new_empty(0) for found in there]
-    pointers = [gradient for gradient, found in zip(gradients, there, strict=True) if found] + [None, None]
-    outputs = dict(zip(("p_first", "p_second", "p_third"), pointers, strict=False))
-    blocks = Tuning({"BLOCK_P": REDUCE_P, "BLOCK_D": REDUCE_D}, warps=4, stages=1)
-    grid = triton.cdiv(D, REDUCE_D), sum(there)
-    Launch(_reduce, grid, {"p_partial": partial, **outputs, "P": P, "D": D}, {}, blocks)()
-    dweight, dbias, dbranch_bias = gradients
+    sums = iter(add_up(partial, weight.dtype))
+    dweight, dbias, dbranch_bias = (next(sums) if found else weight.new_empty(0) for found in there)
     return dresidual, dbranch, dweight, dbias, dbranch_bias
 
 

@@ -110,7 +110,9 @@ ROW = Kernel(
     ),
     shapes=(
         _shape("video large, 50 % drop", 64, 785, 1024),
+        _shape("video base, 50 % drop", 64, 785, 768),
         _shape("audio base, 50 % drop", 64, 601, 768),
+        _shape("video large, no drop", 32, 1569, 1024),
         _shape("text small", 320, 17, 512, form="rms"),
         _shape("text small, LayerNorm", 320, 17, 512),
         _shape("video large, dropout", 64, 785, 1024, samples=64),

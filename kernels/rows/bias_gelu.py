@@ -10,13 +10,14 @@ from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisibl
 from vatt.kernels.dropout import DropoutMask
 
 
-def _make(*shape: int, bias: bool = True, samples: int = 0, strided: bool = False) -> Make:
-    """samples: 0 for no dropout."""
+def _make(*shape: int, bias: bool = True, samples: int = 0, strided: bool = False, spread: float = 1.0) -> Make:
+    """samples: 0 for no dropout. spread: of x."""
 
     def make(dtype: torch.dtype, device: torch.device) -> Arguments:
-        x = drawn((*shape[:-1], 2 * shape[-1]), dtype, device)[..., ::2] if strided else drawn(shape, dtype, device)
+        whole = (*shape[:-1], 2 * shape[-1]) if strided else shape
+        x = drawn(whole, dtype, device, spread=spread)
         return {
-            "x": x,
+            "x": x[..., ::2] if strided else x,
             "bias_C": drawn(shape[-1:], dtype, device, 1) if bias else None,
             "dropout": mask(samples, device) if samples else None,
         }
@@ -37,11 +38,12 @@ def _launches(x: Tensor, bias_C: Tensor | None, dropout: DropoutMask | None) -> 
 
 
 @divisible("batch", "samples")
-def _shape(name: str, batch: int, tokens: int, hidden: int, samples: int = 0) -> Shape:
+def _shape(name: str, batch: int, tokens: int, hidden: int, samples: int = 0, bias: bool = True) -> Shape:
+    """Forward reads x and writes y; backward reads x and the gradient of y and writes that of x."""
     elements = batch * tokens * hidden
     return Shape(
         name,
-        _make(batch, tokens, hidden, samples=samples),
+        _make(batch, tokens, hidden, samples=samples, bias=bias),
         forward_bytes=2 * elements * 2,
         backward_bytes=3 * elements * 2,
     )
@@ -63,13 +65,19 @@ ROW = Kernel(
         Case("strided", _make(5, 72, strided=True)),
         Case("dropout", _make(4, 9, 130, samples=4)),
         Case("dropout_rows_of_a_clip", _make(6, 3, 64, samples=2)),
+        Case("tails", _make(3, 200, spread=4.0)),
         Case("dropout_without_bias", _make(3, 33, bias=False, samples=3)),
     ),
     shapes=(
         _shape("video large, 50 % drop", 64, 785, 4096),
+        _shape("video base, 50 % drop", 64, 785, 3072),
         _shape("audio base, 50 % drop", 64, 601, 3072),
-        _shape("text small", 320, 17, 2048),
+        _shape("video large, no drop", 32, 1569, 4096),
+        # No linear layer of the text tower has a bias.
+        _shape("text small", 320, 17, 2048, bias=False),
         _shape("video large, dropout", 64, 785, 4096, samples=64),
+        _shape("audio base, dropout", 64, 601, 3072, samples=64),
+        _shape("text small, dropout", 320, 17, 2048, samples=64, bias=False),
     ),
     launches=_launches,
 )
