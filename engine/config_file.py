@@ -62,7 +62,7 @@ SECTIONS: dict[str, Section] = {entry.name: entry for entry in TREE if isinstanc
 
 _ACCUMULATION = (
     "gradient accumulation is refused: a clip would be contrasted with its own micro-batch only, not with the whole batch; "
-    "lower batch_size or add ranks (backend.gradient_accumulation_steps must stay 1)"
+    "set backend.chunk, lower batch_size, or add ranks (backend.gradient_accumulation_steps must stay 1)"
 )
 _DERIVED = "DeepSpeed's configuration is derived from ours; "
 # What people paste from a DeepSpeed file. A nearest-name hint alone would hide why the key does not exist here.
