@@ -13,7 +13,7 @@ from vatt.engine.norm import LayerNorm, Norm
 from vatt.engine.randomness import Draws, Dropout
 from vatt.engine.recompute import recomputed
 from vatt.kernels.attention import attention
-from vatt.kernels.bias_gelu import bias_gelu
+from vatt.kernels.bias_gelu import bias_gelu, takes_bias
 from vatt.kernels.capability import widens
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.linear import Linear, linear
@@ -56,9 +56,7 @@ class LinearGelu(Linear):
     """Linear, exact (erf) GELU, dropout: the first half of a feed-forward network; the parameters of a linear layer."""
 
     def forward(self, x: Tensor, dropout: DropoutMask | None = None) -> Tensor:
-        # A GPU reads every element for the GELU anyway, and in backward adds up the bias gradient while it has them; a CPU's
-        # matrix product takes the bias for nothing.
-        if x.device.type == "cuda":
+        if takes_bias(x):
             return bias_gelu(linear(x, self.weight), self.bias, dropout)
         return bias_gelu(linear(x, self.weight, self.bias), None, dropout)
 

@@ -26,6 +26,15 @@ def bias_gelu_eager(x: Tensor, bias_C: Tensor | None = None, dropout: DropoutMas
     return dropped(F.gelu(x if bias_C is None else x + bias_C), dropout)
 
 
+def takes_bias(x: Tensor) -> bool:
+    """Whether the projection before should leave its bias to `bias_gelu`.
+
+    On a GPU: the kernel reads every element anyway, and its backward has them in registers when the bias gradient is summed.
+    On a CPU the matrix product adds it for nothing.
+    """
+    return x.device.type == "cuda"
+
+
 def bias_gelu(
     x: Tensor, bias_C: Tensor | None = None, dropout: DropoutMask | None = None, implementation: str = "native"
 ) -> Tensor:

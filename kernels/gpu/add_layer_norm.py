@@ -7,7 +7,7 @@ warps idle without reading for them.
 Backward is bound by memory only if the sums over all rows (weight, bias, branch bias) cost nothing. One buffer row for
 each few rows of input would be half as large as the input itself. So a fixed number of programs walk over all rows, each
 keeping its sums in registers, and one buffer row a program is added up in the end (`partial_sums`): deterministic, and
-about 1 % of the bytes at VATT's shapes.
+a small part of the bytes.
 
 Legend: M rows, D columns, P programs. Prefixes: o_ offsets, m_ mask, p_ pointer, b_ block.
 """
@@ -22,7 +22,7 @@ from torch import Tensor
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
-from vatt.kernels.gpu.partial_sums import add_up
+from vatt.kernels.gpu.partial_sums import add_up, programs
 from vatt.kernels.gpu.target import current_target
 
 TARGET_NAMES = ("sm_80", "sm_90", "sm_100")
@@ -40,11 +40,11 @@ def _backward_tunings(width: int, warps: int, *choices: tuple[int, int]) -> Tuni
     """Candidates (rows of a step, programs of a multiprocessor) for rows of up to `width` columns; the first is the default."""
     candidates, default = {}, {}
     for target, multiprocessors in MULTIPROCESSORS.items():
-        for m, programs in choices:
-            blocks = {"BLOCK_M": m, "BLOCK_D": width, "PROGRAMS": programs * multiprocessors}
-            candidates[f"{m}_rows_{programs}x{multiprocessors}"] = Tuning(blocks, warps, 1)
-        m, programs = choices[0]
-        default[target] = f"{m}_rows_{programs}x{multiprocessors}"
+        names = [f"{m}_rows_{each}x{multiprocessors}" for m, each in choices]
+        for name, (m, each) in zip(names, choices, strict=True):
+            blocks = {"BLOCK_M": m, "BLOCK_D": width, "PROGRAMS": each * multiprocessors}
+            candidates[name] = Tuning(blocks, warps, 1)
+        default[target] = names[0]
     return Tunings(f"add_layer_norm_backward_{width}", candidates, default)
 
 
@@ -160,14 +160,17 @@ def _backward(
     BLOCK_D: tl.constexpr,
     PROGRAMS: tl.constexpr,
 ):
-    """With x^ = (sum - mean) rstd and g = grad_normed * weight: dLN = rstd (g - mean(g) - x^ mean(g x^)); rms: mean(g) = 0."""
+    """PROGRAMS: see the tunings; the grid has made its choice by it.
+
+    With x^ = (sum - mean) rstd and g = grad_normed * weight: dLN = rstd (g - mean(g) - x^ mean(g x^)); rms: mean(g) = 0.
+    """
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
     b_dweight = tl.zeros([BLOCK_D], tl.float32)
     b_dbias = tl.zeros([BLOCK_D], tl.float32)
     b_dbranch_bias = tl.zeros([BLOCK_D], tl.float32)
-    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tl.cdiv(M, BLOCK_M), tl.num_programs(0)):
         o_m = tile * BLOCK_M + tl.arange(0, BLOCK_M)
         m_m = o_m < M
         m_x = m_m[:, None] & m_d[None, :]
@@ -264,7 +267,7 @@ def backward(
     dresidual = torch.empty_like(total)
     dbranch = total.new_empty(0) if dropout is None else torch.empty_like(total)
     tuning = BACKWARD[_width(D)].pick(current_target())
-    P = min(tuning.blocks["PROGRAMS"], triton.cdiv(M, tuning.blocks["BLOCK_M"]))
+    P = programs(tuning.blocks["PROGRAMS"], M)
     there = (True, has_bias, has_branch_bias)
     partial = torch.empty(sum(there), P, D, dtype=torch.float32, device=total.device)
     arguments = {

@@ -17,7 +17,7 @@ from torch import Tensor
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
-from vatt.kernels.gpu.partial_sums import add_up
+from vatt.kernels.gpu.partial_sums import add_up, programs
 from vatt.kernels.gpu.target import current_target
 
 # A warp holds 256 columns, 8 of them (16 bytes) a thread, and warps lie side by side along a row: then the bias is loaded in
@@ -179,7 +179,7 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None, dropout: DropoutMask 
     M, C = x.numel() // x.shape[-1], x.shape[-1]
     tuning = BACKWARD.pick(current_target())
     column_blocks = triton.cdiv(C, tuning.blocks["BLOCK_C"])
-    P = min(max(tuning.blocks["PROGRAMS"] // column_blocks, 1), triton.cdiv(M, tuning.blocks["BLOCK_M"]))
+    P = programs(tuning.blocks["PROGRAMS"] // column_blocks, M)
     partial = None if bias is None else torch.empty(1, P, C, dtype=torch.float32, device=x.device)
     arguments = {"p_grad": grad, "p_x": x, "p_bias": bias, "p_dx": dx, "p_partial": partial, "M": M, "C": C}
     constants = {"DROPOUT": dropout is not None}

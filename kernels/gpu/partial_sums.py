@@ -1,7 +1,7 @@
 """Sums over all rows (the gradients of biases and gains) from few partial sums, in a fixed order: no atomic additions.
 
-Each program of a kernel writes one row, its own sum; here they are added up. A program adds up many rows of the input,
-so the buffer stays around a hundredth of it.
+Each program of a kernel writes one row, its own sum; here they are added up. As many programs as keep the GPU busy and no
+more: the buffer is 1 or 2 % of the bytes at VATT's large shapes, and where there are few rows `programs` keeps it small.
 
 Legend: K sums, P partial sums of each, C columns. Prefixes: o_ offsets, m_ mask, p_ pointer, b_ block.
 """
@@ -17,6 +17,13 @@ from vatt.kernels.gpu.launch import Launch, Tuning
 
 # 128-byte pieces of the buffer's rows: enough programs even for narrow buffers.
 TUNING = Tuning({"BLOCK_P": 64, "BLOCK_C": 32}, warps=4, stages=1)
+
+LEAST_ROWS = 16  # of the input, for each row of the buffer
+
+
+def programs(most: int, rows: int) -> int:
+    """How many programs share `rows` rows: `most`, or fewer so that each has LEAST_ROWS."""
+    return max(1, min(most, rows // LEAST_ROWS))
 
 
 @triton.jit
