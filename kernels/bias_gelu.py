@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vatt.kernels import native
 from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
 
@@ -41,8 +42,10 @@ def bias_gelu(
     """Dropout(GELU(x + bias)), differentiable in x and bias; the mask is drawn again in backward, never stored.
 
     x: (..., C), contiguous on a GPU (else copied). bias: (C,) of the same dtype, or None. dropout: None is no dropout.
-    implementation: see `vatt.kernels.implementation`; "native" on a CPU is PyTorch's own functions, called directly: the way
-    through the dispatcher op costs more there than it saves. Raises KernelError for what the kernels cannot take.
+    implementation: see `vatt.kernels.implementation`; "native" on a CPU is the C++ of csrc/ for rows of 512 columns or more in
+    fp32 and bf16. Below, PyTorch's own functions are called directly: the way through the dispatcher op costs more there than
+    it saves. The rows' number does not decide, so that a run is the same on any number of ranks. Raises KernelError for what
+    the kernels cannot take.
     """
     op = "bias_gelu"
     require(x.is_floating_point(), op, "x", f"is {x.dtype}; it must be floating point")
@@ -56,11 +59,16 @@ def bias_gelu(
         check_mask(op, dropout, x.shape[0], x)
         dropout = dropout if dropout.rate > 0.0 else None
     how = resolve(op, implementation, x)
-    if how != "triton":
+    if how != "triton" and not (how == "native" and _in_cpp(x)):
         return (bias_gelu_reference if how == "reference" else bias_gelu_eager)(x, bias_C, dropout)
     mask = dropout if dropout is not None else (0.0, None, None, None, 0)
     y: Tensor = torch.ops.vatt.bias_gelu(x, bias_C, *mask, how)
     return y
+
+
+def _in_cpp(x: Tensor) -> bool:
+    wide = x.shape[-1] >= 512 and x.dtype in (torch.float32, torch.bfloat16)
+    return wide and native.loaded()
 
 
 @torch.library.custom_op("vatt::bias_gelu", mutates_args=())
@@ -75,6 +83,8 @@ def _forward(
     implementation: str,
 ) -> Tensor:
     dropout = mask_of(rate, seed, step, sample_id, stream)
+    if implementation == "native" and _in_cpp(x):
+        return dropped(torch.ops.vatt_native.bias_gelu(x.contiguous(), bias), dropout)
     if implementation == "native":
         return bias_gelu_eager(x, bias, dropout).contiguous()
     return gpu_module("bias_gelu").forward(x, bias, dropout)
@@ -99,6 +109,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(dx, dbias); dbias is empty when there is no bias."""
     dropout = mask_of(rate, seed, step, sample_id, stream)
+    if implementation == "native" and _in_cpp(x):
+        dx, sums = torch.ops.vatt_native.bias_gelu_backward(dropped(grad, dropout).contiguous(), x.contiguous(), bias)
+        return dx, x.new_empty(0) if bias is None else sums.sum(0).to(bias.dtype)
     if implementation == "native":
         dx = torch.ops.aten.gelu_backward(dropped(grad, dropout), x if bias is None else x + bias).contiguous()
         return dx, x.new_empty(0) if bias is None else dx.flatten(0, -2).sum(0)

@@ -139,7 +139,7 @@ def build(compiler: str, flags: Sequence[str], home: Path) -> None:
 def ninja_file(compiler: str, flags: Sequence[str]) -> str:
     """The build, for ninja: an object a source, one library."""
     include = Path(torch.__file__).parent / "include"
-    library = Path(torch.__file__).parent / "lib"
+    library = quoted(str(Path(torch.__file__).parent / "lib"))
     every = [*flags, f"-I{include}", f"-I{include / 'torch' / 'csrc' / 'api' / 'include'}", f"-I{folder()}"]
     lines = [
         f"cxx = {quoted(compiler)}",
@@ -148,7 +148,7 @@ def ninja_file(compiler: str, flags: Sequence[str]) -> str:
         "  command = $cxx $flags -MMD -MF $out.d -c $in -o $out",
         "  depfile = $out.d",
         "rule link",
-        f"  command = $cxx -shared -fopenmp $in -o $out -L{quoted(str(library))} -ltorch_cpu -lc10 -Wl,-rpath,{quoted(str(library))}",
+        f"  command = $cxx -shared -fopenmp $in -o $out -L{library} -ltorch_cpu -lc10 -Wl,-rpath,{library}",
     ]
     objects = []
     for source in sources():
