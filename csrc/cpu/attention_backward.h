@@ -1,13 +1,14 @@
 // Gradients of attention from the log-sum-exp of its rows. With P the weights, S the scores and row(x) the sum over D:
 //
-//     dV = P^T dO     dP = dO V^T     dS = P (dP - row(dO O))     dQ = scale dS K     dK = scale dS^T Q
+//     dV = (M P)^T dO     dP = M (dO V^T)     dS = P (dP - row(dO O))     dQ = scale dS K     dK = scale dS^T Q
 //
+// where M, if there is dropout, is 0 or 1 / (1 - rate) for each weight.
 // (Dao et al., "FlashAttention", 2022, appendix B.) A head is one unit of work, so nothing is summed across threads and the
 // result is the same for any number of them. Scores are computed as S^T = K Q^T, keys in rows: P^T and dS^T then are the
 // left-hand sides of dV and dK as they stand, and dS^T is the right-hand side of dQ^T = K^T dS^T.
 #pragma once
 
-#include "attention_shape.h"
+#include "attention_dropout.h"
 
 namespace vatt::attention {
 
@@ -16,15 +17,17 @@ class Backward {
  public:
   struct Inputs {
     Tokens<const T> q, k, v, out, grad;
-    const float* lse;  // (B, H, N)
+    const float* lse;  // (B, H, N), as forward left it
     Bias bias;
+    Dropout dropout;
+    float scale;
   };
   struct Outputs {
     Tokens<T> q, k, v;
     float* bias;  // (B, H, N, N), or null
   };
 
-  Backward(Shape shape, Inputs inputs, float scale, Outputs outputs) : shape_(shape), in_(inputs), scale_(scale), out_(outputs) {}
+  Backward(Shape shape, Inputs inputs, Outputs outputs) : shape_(shape), in_(inputs), out_(outputs) {}
 
   int64_t units() const { return shape_.B * shape_.H; }
   int64_t scratch() const { return Memory(nullptr, shape_).bytes; }
@@ -40,10 +43,12 @@ class Backward {
   static constexpr int64_t KEYS = 48;                         // keys of a block: whole strips, whole words, whole vectors
   static_assert(KEYS % TILE_ROWS == 0 && KEYS % depth == 0 && TILE_ROWS % depth == 0);
 
+  static constexpr int64_t KEPT = round_up(KEYS, 4 * LANES);  // drawn for a block of keys
+
   struct Memory {
     int64_t piece, keys, ldk, ldp;
     Word *k_rows, *v_rows, *k_columns, *q_panels, *do_panels, *q_inner, *do_inner, *p_rows, *ds_rows, *ds_panels, *packing;
-    float *lse, *delta, *dk, *dv, *dq_columns;
+    float *lse, *delta, *dk, *dv, *dq_columns, *kept, *kept_rows;
     int64_t bytes;
 
     Memory(void* base, Shape shape) : piece(attention::piece(shape.N, LONGEST)), keys(round_up(shape.N, KEYS)) {
@@ -60,6 +65,7 @@ class Backward {
       lse = arena.take<float>(piece), delta = arena.take<float>(piece);
       dk = arena.take<float>(keys * D), dv = arena.take<float>(keys * D);
       dq_columns = arena.take<float>(D * piece);
+      kept = arena.take<float>(KEYS * piece), kept_rows = arena.take<float>(LANES * KEPT);
       bytes = arena.used();
     }
   };
@@ -74,6 +80,7 @@ class Backward {
       const int64_t queries = N - q0 < memory.piece ? N - q0 : memory.piece;
       pack_queries(memory, b, h, q0, queries);
       for (int64_t k0 = 0; k0 < N; k0 += KEYS) {
+        if (in_.dropout.on()) draw(memory, b, h, q0, queries, k0);
         for (int64_t r = 0; r < KEYS && k0 + r < N; r += TILE_ROWS) strip(memory, b, h, q0, queries, k0, r);
         const int64_t inner = ceil_div(round_up(N - k0 < KEYS ? N - k0 : KEYS, TILE_ROWS), depth);
         for (int64_t q = 0; q < queries; q += WIDTH)
@@ -83,7 +90,7 @@ class Backward {
       }
       write_queries(memory, b, h, q0, queries);
     }
-    write(out_.k.at(b, h), out_.k.row, memory.dk, scale_);
+    write(out_.k.at(b, h), out_.k.row, memory.dk, in_.scale);
     write(out_.v.at(b, h), out_.v.row, memory.dv, 1.0f);
   }
 
@@ -100,11 +107,23 @@ class Backward {
     const float* lse = in_.lse + (b * shape_.H + h) * shape_.N + q0;
     for (int64_t i = 0; i < round_up(queries, LANES); ++i) {
       // A query that is only padding has weights 2^-inf.
-      memory.lse[i] = i < queries ? lse[i] * LOG2E : __builtin_inff();
+      memory.lse[i] = i < queries ? lse[i] : __builtin_inff();
       Vector dot{};
+      fetch_row(out + (i + AHEAD) * in_.out.row, D);
       if (i < queries)
         for (int64_t d = 0; d < D; d += LANES) dot += widen(grad + i * in_.grad.row + d) * widen(out + i * in_.out.row + d);
       memory.delta[i] = sum(dot);
+    }
+  }
+
+  // The dropout of a block of keys, one key's queries after the other's: drawn query by query, as the counter runs, and turned.
+  void draw(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0) const {
+    const int64_t keys = std::min(KEYS, shape_.N - k0);
+    for (int64_t q = 0; q < queries; q += LANES) {
+      const int64_t n = std::min<int64_t>(LANES, queries - q);
+      for (int64_t i = 0; i < n; ++i) in_.dropout.draw(shape_, b, h, q0 + q + i, k0, keys, memory.kept_rows + i * KEPT);
+      transpose(reinterpret_cast<const Word*>(memory.kept_rows), KEPT, n, round_up(keys, LANES),
+                [&](int64_t, int64_t k, Bits words) { store_as(memory.kept + k * memory.piece + q, words); });
     }
   }
 
@@ -117,7 +136,7 @@ class Backward {
       alignas(64) float scores[TILE_ROWS][WIDTH], dp[TILE_ROWS][WIDTH];
       multiply<Format>(TILE_ROWS, vectors, memory.k_rows + key * K, K, memory.q_panels + q * K, K, scores[0], WIDTH, false);
       multiply<Format>(TILE_ROWS, vectors, memory.v_rows + key * K, K, memory.do_panels + q * K, K, dp[0], WIDTH, false);
-      float factor = scale_ * LOG2E;
+      float factor = in_.scale * LOG2E;
       if (in_.bias.data) {
         add_bias(scores, b, h, q0 + q, queries - q, key, rows, factor);
         factor = 1.0f;
@@ -126,24 +145,35 @@ class Backward {
       for (int64_t c = 0; c < vectors * LANES; c += LANES) {
         const Vector lse = load_as<Vector>(memory.lse + q + c), delta = load_as<Vector>(memory.delta + q + c);
 #pragma GCC unroll 8
-        for (int i = 0; i < TILE_ROWS; ++i) {
-          Vector p{}, ds{};  // a key that is only padding
-          if (i < rows) {
-            p = exp2(load_as<Vector>(scores[i] + c) * factor - lse);
-            ds = p * (load_as<Vector>(dp[i] + c) - delta);
+        for (int i = 0; i < TILE_ROWS; i += depth) {
+          Bits words{};
+#pragma GCC unroll 2
+          for (int j = i; j < i + depth; ++j) {
+            Vector p{}, ds{};  // a key that is only padding
+            if (j < rows) {
+              p = exp2(load_as<Vector>(scores[j] + c) * factor - lse);
+              ds = load_as<Vector>(dp[j] + c);
+              if (in_.dropout.on()) {
+                const Vector kept = load_as<Vector>(memory.kept + (r + j) * memory.piece + q + c);
+                ds = p * (ds * kept - delta);
+                p *= kept;
+              } else {
+                ds = p * (ds - delta);
+              }
+            }
+            if (out_.bias) store_as(dp[j] + c, ds);
+            if constexpr (depth == 1) {
+              store_as(memory.p_rows + j * memory.ldp + q + c, p);
+              store_as(memory.ds_rows + j * memory.ldp + q + c, ds);
+              words = (Bits)ds;
+            } else {
+              narrow(reinterpret_cast<BFloat16*>(memory.p_rows + j * memory.ldp) + q + c, p);
+              const Bits half = rounded(ds);
+              store_as(reinterpret_cast<BFloat16*>(memory.ds_rows + j * memory.ldp) + q + c, __builtin_convertvector(half, Halves));
+              words |= half << (16 * (j - i));
+            }
           }
-          if constexpr (depth == 1) {
-            store_as(memory.p_rows + i * memory.ldp + q + c, p);
-            store_as(memory.ds_rows + i * memory.ldp + q + c, ds);
-            store_as(panel + i * WIDTH + c, ds);
-          } else {
-            narrow(reinterpret_cast<BFloat16*>(memory.p_rows + i * memory.ldp) + q + c, p);
-            const Bits half = rounded(ds);
-            store_as(reinterpret_cast<BFloat16*>(memory.ds_rows + i * memory.ldp) + q + c, __builtin_convertvector(half, Halves));
-            Word* pair = panel + i / 2 * WIDTH + c;
-            store_as(pair, i % 2 ? load_as<Bits>(pair) | half << 16 : half);
-          }
-          if (out_.bias) store_as(dp[i] + c, ds);
+          store_as(panel + i / depth * WIDTH + c, words);
         }
       }
       if (out_.bias) write_bias(dp, b, h, q0 + q, queries - q, key, rows);
@@ -175,7 +205,7 @@ class Backward {
     const Word* columns = reinterpret_cast<const Word*>(memory.dq_columns);
     for (int64_t i = 0; i < queries; i += LANES)
       transpose(columns + i, memory.piece, shape_.D, LANES, [&](int64_t d, int64_t c, Bits words) {
-        if (i + c < queries) narrow(to + (i + c) * out_.q.row + d, (Vector)words * scale_);
+        if (i + c < queries) narrow(to + (i + c) * out_.q.row + d, (Vector)words * in_.scale);
       });
   }
 
@@ -187,7 +217,6 @@ class Backward {
 
   Shape shape_;
   Inputs in_;
-  float scale_;
   Outputs out_;
 };
 

@@ -1,11 +1,11 @@
-// out = softmax(scale q k^T + bias) v, and the log-sum-exp of each row's scores for backward.
+// out = Dropout(softmax(scale q k^T + bias)) v, and the log2 of the sum of e^score of each row for backward.
 //
 // A head's keys and values are packed once. Then TILE_ROWS queries at a time meet a piece of the keys: their scores stay in the
 // first-level cache until they are probabilities and multiplied with the values. Sequences longer than a piece carry the row's
 // maximum and sum along (Milakov and Gimelshein, "Online normalizer calculation for softmax", 2018).
 #pragma once
 
-#include "attention_shape.h"
+#include "attention_dropout.h"
 
 namespace vatt::attention {
 
@@ -14,8 +14,15 @@ class Forward {
  public:
   static constexpr int64_t QUERIES = 16 * TILE_ROWS;  // a unit of work: so many queries of one head
 
-  Forward(Shape shape, Tokens<const T> q, Tokens<const T> k, Tokens<const T> v, Bias bias, float scale, Tokens<T> out, float* lse)
-      : shape_(shape), q_(q), k_(k), v_(v), bias_(bias), scale_(scale), out_(out), lse_(lse) {}
+  struct Inputs {
+    Tokens<const T> q, k, v;
+    Bias bias;
+    Dropout dropout;
+    float scale;
+  };
+
+  // lse is (B, H, N).
+  Forward(Shape shape, Inputs inputs, Tokens<T> out, float* lse) : shape_(shape), in_(inputs), out_(out), lse_(lse) {}
 
   int64_t blocks() const { return ceil_div(shape_.N, QUERIES); }
   int64_t units() const { return shape_.B * shape_.H * blocks(); }
@@ -41,7 +48,7 @@ class Forward {
   struct Memory {
     int64_t piece, lds;
     Word *queries, *keys, *values, *weights;
-    float *scores, *sums, *maximum, *total;
+    float *scores, *sums, *maximum, *total, *kept;
     int64_t bytes;
 
     Memory(void* base, Shape shape) : piece(attention::piece(shape.N, LONGEST)) {
@@ -51,12 +58,12 @@ class Forward {
       queries = arena.take<Word>(QUERIES * shape.D / Format::depth);
       keys = arena.take<Word>(keys_padded * shape.D / Format::depth);
       values = arena.take<Word>(keys_padded / Format::depth * columns);
-      // Packing goes through here once a head.
       scores = arena.take<float>(TILE_ROWS * lds);
       weights = Format::depth == 1 ? reinterpret_cast<Word*>(scores) : arena.take<Word>(TILE_ROWS * lds / Format::depth);
       sums = arena.take<float>(QUERIES * shape.D);
       maximum = arena.take<float>(QUERIES);
       total = arena.take<float>(QUERIES);
+      kept = arena.take<float>(piece + 4 * LANES);
       bytes = arena.used();
     }
   };
@@ -66,19 +73,19 @@ class Forward {
     for (int64_t i = 0; i < N; i += WIDTH) {  // through a panel's rows
       const int64_t n = N - i < WIDTH ? N - i : WIDTH;
       Word rows[WIDTH * 128];
-      pack_rows<Format>(k_.at(b, h) + i * k_.row, k_.row, n, n, D, rows);
+      pack_rows<Format>(in_.k.at(b, h) + i * in_.k.row, in_.k.row, n, n, D, rows);
       transpose_rows<Format>(rows, n, D, memory.keys + i * D / Format::depth);
     }
     for (int64_t i = 0; i < N; i += memory.piece) {
       const int64_t n = N - i < memory.piece ? N - i : memory.piece;
-      pack_panels<Format>(v_.at(b, h) + i * v_.row, v_.row, n, ceil_div(n, Format::depth), D,
+      pack_panels<Format>(in_.v.at(b, h) + i * in_.v.row, in_.v.row, n, ceil_div(n, Format::depth), D,
                           memory.values + i / Format::depth * round_up(D, WIDTH));
     }
   }
 
   void attend(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t queries) const {
     const int64_t N = shape_.N, D = shape_.D;
-    pack_rows<Format>(q_.at(b, h) + q0 * q_.row, q_.row, queries, queries, D, memory.queries);
+    pack_rows<Format>(in_.q.at(b, h) + q0 * in_.q.row, in_.q.row, queries, queries, D, memory.queries);
     for (int64_t i = 0; i < queries; ++i) memory.maximum[i] = -__builtin_inff(), memory.total[i] = 0.0f;
     for (int64_t k0 = 0; k0 < N; k0 += memory.piece) {
       const int64_t keys = N - k0 < memory.piece ? N - k0 : memory.piece;
@@ -96,17 +103,17 @@ class Forward {
       const float share = 1.0f / memory.total[i];
       for (int64_t d = 0; d < D; d += LANES)
         narrow(out_.at(b, h) + (q0 + i) * out_.row + d, load_as<Vector>(memory.sums + i * D + d) * share);
-      lse_[(b * shape_.H + h) * N + q0 + i] = memory.maximum[i] * LN2 + __builtin_logf(memory.total[i]);
+      lse_[(b * shape_.H + h) * N + q0 + i] = memory.maximum[i] + __builtin_log2f(memory.total[i]);
     }
   }
 
   // Row i of a strip: its scores become weights 2^(score - maximum), zeros behind the last key.
   void soften(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t r, int64_t i, int64_t k0, int64_t keys) const {
     float* scores = memory.scores + i * memory.lds;
-    float factor = scale_ * LOG2E;
-    if (bias_.data) {
-      const float* bias = bias_.at(b, h) + (q0 + r + i) * bias_.query + k0 * bias_.key;
-      for (int64_t k = 0; k < keys; ++k) scores[k] = scores[k] * factor + bias[k * bias_.key] * LOG2E;
+    float factor = in_.scale * LOG2E;
+    if (in_.bias.data) {
+      const float* bias = in_.bias.at(b, h) + (q0 + r + i) * in_.bias.query + k0 * in_.bias.key;
+      for (int64_t k = 0; k < keys; ++k) scores[k] = scores[k] * factor + bias[k * in_.bias.key] * LOG2E;
       factor = 1.0f;
     }
     const float before = memory.maximum[r + i], none = -__builtin_inff();
@@ -116,9 +123,11 @@ class Forward {
     if (rest) high = larger(high, first_lanes(load_as<Vector>(scores + full) * factor, rest, none));
     const float maximum = largest(high);
     Vector total{};
+    if (in_.dropout.on()) in_.dropout.draw(shape_, b, h, q0 + r + i, k0, keys, memory.kept);
     const auto weigh = [&](Vector score, int64_t k) {
-      const Vector weight = exp2(score);
+      Vector weight = exp2(score);
       total += weight;
+      if (in_.dropout.on()) weight *= load_as<Vector>(memory.kept + k);
       if constexpr (Format::depth == 1)
         store_as(scores + k, weight);
       else
@@ -137,9 +146,7 @@ class Forward {
   }
 
   Shape shape_;
-  Tokens<const T> q_, k_, v_;
-  Bias bias_;
-  float scale_;
+  Inputs in_;
   Tokens<T> out_;
   float* lse_;
 };

@@ -102,22 +102,32 @@ inline void multiply(int64_t rows, int64_t vectors, const Word* a, int64_t lda, 
                       b + k * WIDTH, std::min(K - k, RUN), c + r * ldc, ldc, accumulate || k > 0);
 }
 
+// Rows of a packed tensor lie kilobytes apart, where no processor guesses the next one; what will be read is asked for in time.
+template <class T>
+inline void fetch_row(const T* x, int64_t D) {
+  for (int64_t d = 0; d < D; d += 64 / (int64_t)sizeof(T)) __builtin_prefetch(x + d);
+}
+constexpr int64_t AHEAD = 16;
+
 // Rows of D numbers, `stride` apart, as words along D; `padded` - n rows of zeros after them.
 template <class Format, class T>
 inline void pack_rows(const T* x, int64_t stride, int64_t n, int64_t padded, int64_t D, Word* to) {
   const int64_t K = D / Format::depth;
-  for (int64_t i = 0; i < n; ++i)
+  for (int64_t i = 0; i < n; ++i) {
+    fetch_row(x + (i + AHEAD) * stride, D);
     if constexpr (sizeof(T) * Format::depth == sizeof(Word))
-      std::memcpy(to + i * K, x + i * stride, K * sizeof(Word));
+      for (int64_t k = 0; k < K; k += LANES) store_as(to + i * K + k, load_as<Vector>(x + i * stride + k * Format::depth));
     else
       for (int64_t d = 0; d < D; d += LANES) store_as(to + i * K + d, widen(x + i * stride + d));
+  }
   std::memset(to + n * K, 0, (padded - n) * K * sizeof(Word));
 }
 
 // The same rows as panels: words along n, columns along D, `K` >= ceil(n / depth) steps; what is missing is 0.
 template <class Format, class T>
 inline void pack_panels(const T* x, int64_t stride, int64_t n, int64_t K, int64_t D, Word* to) {
-  for (int64_t k = 0; k < K; ++k)
+  for (int64_t k = 0; k < K; ++k) {
+    for (int64_t i = 0; i < Format::depth; ++i) fetch_row(x + (k * Format::depth + i + AHEAD) * stride, D);
     for (int64_t d = 0; d < D; d += LANES) {
       Word* at = to + d / WIDTH * K * WIDTH + k * WIDTH + d % WIDTH;
       if constexpr (Format::depth == 1) {
@@ -128,6 +138,7 @@ inline void pack_panels(const T* x, int64_t stride, int64_t n, int64_t K, int64_
         store_as(at, (Bits)low >> 16 | (Bits)high);
       }
     }
+  }
 }
 
 // A matrix of words, `n` rows of K columns `ld` apart (K a multiple of LANES), transposed: put(i, k, v) gets column k of the

@@ -7,7 +7,7 @@
 
 namespace vatt::attention {
 
-constexpr float LOG2E = 1.44269504f, LN2 = 0.693147181f;
+constexpr float LOG2E = 1.44269504f;
 
 struct Shape {
   int64_t B, H, N, D;

@@ -69,7 +69,11 @@ inline Vector first_lanes(Vector v, int64_t count, float other) {
 inline Vector widen(const float* from) { return load_as<Vector>(from); }
 
 inline Vector widen(const BFloat16* from) {
+#if defined(__AVX512F__)
+  return (Vector)_mm512_slli_epi32(_mm512_cvtepu16_epi32(load_as<__m256i>(from)), 16);
+#else
   return (Vector)(__builtin_convertvector(load_as<Halves>(from), Bits) << 16);
+#endif
 }
 
 // Rounded to the nearest bf16, ties to even; one bf16 in the low half of each 32-bit lane.
