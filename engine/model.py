@@ -21,6 +21,7 @@ from vatt.engine.streams import side_by_side
 from vatt.engine.text_encoder import PADDING, LinearText, TextEncoder, padding_bias
 from vatt.engine.tokens import AudioTokens, PatchTokens, PositionBuckets, VideoTokens, prepend_aggregate
 from vatt.engine.transformer import Encoder
+from vatt.kernels.fp8_linear import MULTIPLE
 from vatt.kernels.linear import Linear
 
 
@@ -152,6 +153,14 @@ class VATT(nn.Module):
         self.heads = CommonSpaceHeads(m.heads, *widths)
         self.text.words.weight.requires_grad_(m.text.word_table == "learned")
         initialise(self, config)
+        if config.backend.fp8:
+            self._multiply_in_eight_bits()
+
+    def _multiply_in_eight_bits(self) -> None:
+        """Linear layers of the blocks whose sizes allow it; the patch projections, heads and the rest stay as they are."""
+        for stack in [module for module in self.modules() if isinstance(module, nn.ModuleList)]:
+            for layer in [module for module in stack.modules() if isinstance(module, Linear)]:
+                layer.eight_bit = layer.in_features % MULTIPLE == layer.out_features % MULTIPLE == 0
 
     def _signal_tower(self, tokens: PatchTokens, shape) -> SignalTower:  # type: ignore[no-untyped-def]
         m = self.config.model

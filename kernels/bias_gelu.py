@@ -30,10 +30,10 @@ def bias_gelu_eager(x: Tensor, bias_C: Tensor | None = None, dropout: DropoutMas
 def takes_bias(x: Tensor) -> bool:
     """Whether the projection before should leave its bias to `bias_gelu`.
 
-    On a GPU: the kernel reads every element anyway, and its backward has them in registers when the bias gradient is summed.
-    On a CPU the matrix product adds it for nothing.
+    Wherever a kernel of ours reads every element anyway, and its backward has them in registers when the bias gradient is
+    summed. Before PyTorch's own GELU the matrix product adds it for less.
     """
-    return x.device.type == "cuda"
+    return x.device.type == "cuda" or _in_cpp(x)
 
 
 def bias_gelu(

@@ -32,10 +32,20 @@ def linear(x: Tensor, weight_NK: Tensor, bias_N: Tensor | None = None) -> Tensor
 
 
 class Linear(nn.Linear):
-    """`torch.nn.Linear` (same parameters, same initialisation) through `linear`."""
+    """`torch.nn.Linear` (same parameters, same initialisation) through `linear`, or `fp8_linear` where `eight_bit` is set."""
+
+    eight_bit = False
 
     def forward(self, x: Tensor) -> Tensor:
-        return linear(x, self.weight, self.bias)
+        return self.product(x, self.bias)
+
+    def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
+        """x W^T + bias_N: for a caller that adds the layer's bias itself, and passes None."""
+        if self.eight_bit:
+            from vatt.kernels.fp8_linear import fp8_linear
+
+            return fp8_linear(x, self.weight, bias_N)
+        return linear(x, self.weight, bias_N)
 
 
 class _WideLinear(torch.autograd.Function):

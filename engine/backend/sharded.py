@@ -172,9 +172,9 @@ class ShardedBackend(PlainBackend):
 def units(model: nn.Module) -> Iterator[tuple[list[nn.Module], list[nn.Parameter]]]:
     """What is gathered together, as (modules that wait for it when they are entered, its parameters).
 
-    Each layer of a stack (an element of a ModuleList) is a unit. What else a top-level child holds is another, for which
-    every module of that child waits that is not in a layer, since some children are used by their parts only; and what
-    the model itself holds is one more.
+    Each layer of a stack (an element of a ModuleList) is a unit. What else a top-level child holds is another; and what the
+    model itself holds is one more. Every module of a unit waits for all of it, not only the outermost: some children are
+    used by their parts only, and a layer's first norm is applied before the layer is entered.
     """
     yield [model], list(model.parameters(recurse=False))
     for child in model.children():
@@ -183,4 +183,4 @@ def units(model: nn.Module) -> Iterator[tuple[list[nn.Module], list[nn.Parameter
         rest = [module for module in child.modules() if id(module) not in inside]
         yield rest, [parameter for module in rest for parameter in module.parameters(recurse=False)]
         for layer in layers:
-            yield [layer], list(layer.parameters())
+            yield list(layer.modules()), list(layer.parameters())
