@@ -21,8 +21,9 @@ from torch import Tensor
 
 from vatt.benchmarks.bench_anchors import emulates, folder, machine
 from vatt.kernels.attention import attention
+from vatt.kernels.attention_libraries import heads_of, joined
 
-Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+Attend = Callable[[Tensor], Tensor]  # packed (B, N, 3, H, D) -> (B, N, H D)
 BATCH, HEADS, FEATURES = 2, 12, 64
 
 
@@ -86,10 +87,10 @@ def slices(count: int, size: int) -> list[slice]:
 
 def candidates(dtype: torch.dtype, chunk: int) -> dict[str, Attend]:
     def shipped(name: str) -> Attend:
-        return lambda q, k, v: attention(q, k, v, implementation=name)  # type: ignore[arg-type]
+        return lambda packed: attention(packed, implementation=name)
 
     def matmul(heads: int, kept: torch.dtype | None, work: torch.dtype) -> Attend:
-        return lambda q, k, v: Matmul.apply(q, k, v, heads, kept, work)
+        return lambda packed: joined(Matmul.apply(*heads_of(packed), heads, kept, work))
 
     found = {"sdpa": shipped("sdpa"), "reference": shipped("reference")}
     if dtype == torch.bfloat16:
@@ -119,12 +120,11 @@ def main() -> None:
             cotangent = torch.randn(BATCH, tokens, HEADS * FEATURES).to(dtype)
 
             def both(attend: Attend, packed: Tensor = packed, cotangent: Tensor = cotangent) -> tuple[Tensor, Tensor]:
-                q, k, v = packed.unflatten(-1, (3, HEADS, FEATURES)).permute(2, 0, 3, 1, 4)
-                out = attend(q, k, v).transpose(1, 2).flatten(2)
+                out = attend(packed.unflatten(-1, (3, HEADS, FEATURES)))
                 return out, torch.autograd.grad(out, packed, cotangent)[0]
 
             exact = packed.detach().double().requires_grad_()
-            truth = both(lambda q, k, v: attention(q, k, v, implementation="reference"), exact, cotangent.double())
+            truth = both(lambda x: attention(x, implementation="reference"), exact, cotangent.double())
             contest = candidates(dtype, torch.get_num_threads())
             times: dict[str, list[float]] = {name: [] for name in contest}
             errors = {}

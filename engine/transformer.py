@@ -14,9 +14,8 @@ from vatt.engine.randomness import Draws, Dropout
 from vatt.engine.recompute import recomputed
 from vatt.kernels.attention import attention
 from vatt.kernels.bias_gelu import bias_gelu, takes_bias
-from vatt.kernels.capability import widens
 from vatt.kernels.dropout import DropoutMask
-from vatt.kernels.linear import Linear, linear
+from vatt.kernels.linear import Linear
 
 
 class Attention(nn.Module):
@@ -34,22 +33,8 @@ class Attention(nn.Module):
 
     def forward(self, x_BND: Tensor, draws: Draws | None, score_bias: Tensor | None = None) -> Tensor:
         """(B, N, D). score_bias broadcasts to (B, H, N, N) and is added to the scaled scores."""
-        q, k, v = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)
-        if self.training and self.weight_dropout.rate > 0.0:
-            out_BHNE = self._with_dropout(q, k, v, draws, score_bias)
-        else:
-            out_BHNE = attention(q, k, v, score_bias, self.scale)
-        return self.out(out_BHNE.transpose(1, 2).flatten(2))
-
-    def _with_dropout(self, q: Tensor, k: Tensor, v: Tensor, draws: Draws | None, score_bias: Tensor | None) -> Tensor:
-        """Attention with its weights held in memory, so that the counter's mask can be applied to them."""
-        dtype = q.dtype
-        if widens(q):
-            q, k, v = q.float(), k.float(), v.float()
-        scores = (q @ k.transpose(-2, -1)).to(torch.promote_types(q.dtype, torch.float32)) * self.scale
-        if score_bias is not None:
-            scores = scores + score_bias
-        return (self.weight_dropout(scores.softmax(-1).to(v.dtype), draws) @ v).to(dtype)
+        qkv_BN3HE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
+        return self.out(attention(qkv_BN3HE, score_bias, self.scale, self.weight_dropout.mask(draws)))
 
 
 class LinearGelu(Linear):
@@ -57,8 +42,8 @@ class LinearGelu(Linear):
 
     def forward(self, x: Tensor, dropout: DropoutMask | None = None) -> Tensor:
         if takes_bias(x):
-            return bias_gelu(linear(x, self.weight), self.bias, dropout)
-        return bias_gelu(linear(x, self.weight, self.bias), None, dropout)
+            return bias_gelu(self.product(x, None), self.bias, dropout)
+        return bias_gelu(self.product(x, self.bias), None, dropout)
 
 
 class FeedForward(nn.Module):

@@ -97,10 +97,11 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[Applied]:
     """Every dropout of any site, in order, alone or in passing.
 
     Of a kernel that drops in passing the result shows what it dropped: where the stream gained exactly nothing from a
-    branch, and where a GELU came out as exactly 0.
+    branch, and where a GELU came out as exactly 0. Attention shows its weights to values that are the unit vectors.
     """
     calls: list[Applied] = []
     alone, joining, activating = randomness.dropout, norms.add_layer_norm, transformer.bias_gelu
+    attending = transformer.attention
 
     def watch_alone(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
         y = alone(x, rate, seed, step, sample_id, stream)
@@ -127,6 +128,22 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[Applied]:
             calls.append(Applied(int(mask.stream), mask.rate, F.gelu(x if bias is None else x + bias).detach(), y.detach()))
         return y
 
+    def watch_attending(qkv: Tensor, bias: Tensor | None, scale: float, mask: DropoutMask | None) -> Tensor:
+        if mask is not None:
+            before, after = (weights_of(qkv.detach(), bias, scale, drawn) for drawn in (None, mask))
+            calls.append(Applied(int(mask.stream), mask.rate, before, after))
+        return attending(qkv, bias, scale, mask)
+
+    def weights_of(qkv: Tensor, bias: Tensor | None, scale: float, mask: DropoutMask | None) -> Tensor:
+        B, N, _, H, D = qkv.shape
+        columns = []
+        for unit in torch.eye(N, -(-N // D) * D, dtype=qkv.dtype).split(D, dim=1):
+            values = unit[None, :, None, :].expand(B, N, H, D)
+            shown = attending(torch.stack((qkv[:, :, 0], qkv[:, :, 1], values), dim=2), bias, scale, mask)
+            columns.append(shown.unflatten(-1, (H, D)).transpose(1, 2))
+        return torch.cat(columns, dim=-1)[..., :N].detach()
+
+    monkeypatch.setattr(transformer, "attention", watch_attending)
     monkeypatch.setattr(randomness, "dropout", watch_alone)
     monkeypatch.setattr(norms, "add_layer_norm", watch_joining)
     monkeypatch.setattr(transformer, "bias_gelu", watch_activating)
