@@ -131,23 +131,17 @@ def archive(out: Path) -> None:
     partial.replace(out / "all.tar.gz")
 
 
-def seconds(text: str) -> float:
-    """A budget such as 540, 540s or 9m. Raises ValueError for anything else."""
-    units = {"s": 1, "m": 60, "h": 3600}
-    unit = units.get(text[-1:], 0)
-    value = float(text[:-1]) * unit if unit else float(text)
-    if not value > 0:
-        raise ValueError(f"{text!r} is not a positive time")
-    return value
+class UnknownStage(ValueError):
+    """A --stage that is not in the list."""
 
 
 def choose(device: str, names: Sequence[str]) -> list[Stage]:
-    """All stages, or those named, in the usual order. Raises ValueError for an unknown name."""
+    """All stages, or those named, in the usual order. Raises UnknownStage."""
     every = stages(device)
     known = [stage.name for stage in every]
     for name in names:
         if name not in known:
-            raise ValueError(f"--stage {name}: there is {', '.join(known)}")
+            raise UnknownStage(f"--stage {name}: there is {', '.join(known)}")
     return [stage for stage in every if not names or stage.name in names]
 
 

@@ -17,13 +17,14 @@ from __future__ import annotations
 import argparse
 import json
 import resource
+import sys
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from vatt.benchmarks.bench_anchors import folder, machine
+from vatt.benchmarks.step_arguments import add_arguments
 from vatt.benchmarks.steps import (
     baseline,
     check_same_shapes,
@@ -163,32 +164,15 @@ MODES: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
 }
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("mode", nargs="?", choices=MODES, default="against")
-    parser.add_argument("--out", type=Path, required=True, help="folder of results; a folder per machine is made in it")
-    parser.add_argument("--size", choices=("bbs", "mbs", "lbs"), default="bbs")
-    parser.add_argument("--batch", type=int, default=2)
-    parser.add_argument("--batches", type=numbers, default="4,8,16,32,64,128", help="local batches of `batches`")
-    parser.add_argument(
-        "--rates", type=numbers, default="0,25,50,75", help="percent dropped, of `rates`; the first is the base"
-    )
-    parser.add_argument("--pairs", type=int, default=5, help="interleaved rounds of `against` and `rates`")
-    parser.add_argument("--steps", type=int, default=10, help="timed steps of `batches` and `profile`")
-    parser.add_argument("--precision", choices=("bf16", "fp32"), default="bf16", help="of our side")
-    parser.add_argument("--threads", type=int, default=0, help="CPU threads; 0 = torch's default")
-    parser.add_argument("--compile", action="store_true", help="let torch.compile take part on the baseline's side")
-    parser.add_argument(
-        "--set", dest="overrides", action="append", default=[], metavar="KEY=VALUE", help="a setting of our side"
-    )
-    parser.add_argument("--label", default="", help="added to the file's name, for runs with --set")
-    a = parser.parse_args()
-    a.overrides = [f"--{override}" for override in a.overrides]
+def run(a: argparse.Namespace) -> int:
+    """One mode; writes its JSON file and returns the exit code."""
+    overrides = [f"--{override}" for override in a.set]
+    a = argparse.Namespace(**vars(a) | {"overrides": overrides})
     if a.threads:
         torch.set_num_threads(a.threads)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     record: dict[str, Any] = machine(device)
-    record |= {"size": a.size, "batch": a.batch, "drop_rate": 0.5, "dropout": 0.0, "precision": a.precision, "set": a.overrides}
+    record |= {"size": a.size, "batch": a.batch, "drop_rate": 0.5, "dropout": 0.0, "precision": a.precision, "set": overrides}
     record |= MODES[a.mode](a, device)
     words = ["step" if a.mode == "against" else a.mode, a.size, *(["fp32"] if a.precision == "fp32" else []), a.label]
     path = a.out / folder(record) / ("_".join(word for word in words if word) + ".json")
@@ -196,11 +180,10 @@ def main() -> None:
     path.write_text(json.dumps(record, indent=1) + "\n")
     print(json.dumps({k: v for k, v in record.items() if k not in ("kernels", "rows")}, indent=1))
     print(f"-> {path}")
-
-
-def numbers(text: str) -> list[int]:
-    return [int(word) for word in text.split(",")]
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_arguments(parser)
+    sys.exit(run(parser.parse_args()))

@@ -133,6 +133,22 @@ def bench_kernels(args: argparse.Namespace) -> int:
     return FAILED if broken else SUCCESS
 
 
+def bench_step(args: argparse.Namespace) -> int:
+    from vatt.benchmarks.bench_step import run
+
+    return run(args)
+
+
+def bench_all(args: argparse.Namespace) -> int:
+    import torch
+
+    from vatt.benchmarks.bench_all import choose, failed, run_all
+
+    lines = run_all(choose("cuda" if torch.cuda.is_available() else "cpu", args.stage), args.out, args.budget)
+    _write_rows(args.json, lines)
+    return FAILED if failed(lines) else SUCCESS
+
+
 # ---- arguments -------------------------------------------------------------------------------------------------------
 
 
@@ -182,6 +198,29 @@ def _bench_kernels(parser: argparse.ArgumentParser) -> None:
     _json(parser)
 
 
+def _bench_step(parser: argparse.ArgumentParser) -> None:
+    from vatt.benchmarks.step_arguments import add_arguments
+
+    add_arguments(parser)
+
+
+def _bench_all(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--budget", type=_seconds, default=540.0, metavar="TIME", help="for all stages: 540, 540s, 9m (default)"
+    )
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="results, as they come; all.tar.gz at the end")
+    parser.add_argument("--stage", action="append", default=[], metavar="NAME", help="only this one; may be repeated")
+    _json(parser)
+
+
+def _seconds(text: str) -> float:
+    units = {"s": 1, "m": 60, "h": 3600}
+    value = float(text[:-1]) * units[text[-1]] if text[-1:] in units else float(text)
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"not a positive time: {text}")
+    return value
+
+
 def _count(text: str) -> int:
     value = int(text)
     if value < 0:
@@ -226,6 +265,20 @@ COMMANDS = (
         "vatt bench kernels --offline --target sm_90 --out benchmarks/results",
         bench_kernels,
         _bench_kernels,
+    ),
+    Command(
+        "bench step",
+        "time whole training steps: against plain PyTorch, by batch, by drop rate, profiled",
+        "vatt bench step rates --size bbs --rates 0,25,50,75 --out benchmarks/results",
+        bench_step,
+        _bench_step,
+    ),
+    Command(
+        "bench all",
+        "every measurement in one go, within a budget of time",
+        "vatt bench all --budget 9m --out results",
+        bench_all,
+        _bench_all,
     ),
     Command("report", "one self-contained HTML page about a run", "vatt report runs/demo", report, _run_directory),
 )

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import argparse
+import importlib.util
 import json
 import tarfile
 import time
@@ -9,7 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from vatt.benchmarks.bench_all import Stage, choose, failed, run_all, seconds, stages
+from vatt.benchmarks.bench_all import Stage, choose, failed, run_all, stages
+from vatt.benchmarks.step_arguments import add_arguments
+from vatt.engine.cli import build_parser, main
 
 WRITE = """
 import pathlib, sys
@@ -70,13 +74,13 @@ def test_stages_do_not_interpret(made: Path, monkeypatch: pytest.MonkeyPatch) ->
 
 @pytest.mark.parametrize(("text", "value"), [("540", 540), ("540s", 540), ("9m", 540), ("0.5h", 1800)])
 def test_budgets(text: str, value: float) -> None:
-    assert seconds(text) == value
+    assert build_parser().parse_args(["bench", "all", "--out", "x", "--budget", text]).budget == value
 
 
 @pytest.mark.parametrize("text", ["", "m", "-3", "0s", "nan", "9 minutes"])
-def test_budgets_that_are_none(text: str) -> None:
-    with pytest.raises(ValueError):
-        seconds(text)
+def test_budgets_that_are_none(text: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["bench", "all", "--out", "x", "--budget", text]) == 2
+    assert "--budget" in capsys.readouterr().err
 
 
 def test_stages_by_name() -> None:
@@ -89,9 +93,13 @@ def test_stages_by_name() -> None:
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_every_stage_is_a_command_that_exists(device: str) -> None:
-    """Modules that can be found and options that their parsers know."""
-    import importlib.util
-
+def test_every_stage_is_a_command_that_can_be_given(device: str) -> None:
+    """Modules that exist, and options their parsers take."""
+    parsers = {"vatt.benchmarks.bench_step": argparse.ArgumentParser()}
+    add_arguments(parsers["vatt.benchmarks.bench_step"])
+    parsers["vatt.engine.cli"] = build_parser()
     for stage in stages(device):
-        assert importlib.util.find_spec(stage.command[0]), stage.name
+        module, *arguments = (word.replace("{out}", "x") for word in stage.command)
+        assert importlib.util.find_spec(module), stage.name
+        if module in parsers:
+            parsers[module].parse_args(arguments)
