@@ -16,8 +16,9 @@ from torch import Tensor, nn
 from vatt.engine.config import AudioConfig, ConfigError, DropRateConfig, VideoConfig, kept_tokens, patch_grid
 from vatt.engine.randomness import Draws
 from vatt.kernels.counter import Stream
-from vatt.kernels.drop_tokens import drop_tokens_reference
-from vatt.kernels.patch_project import patch_project_reference, read_audio_patches, read_video_patches
+from vatt.kernels.drop_tokens import drop_tokens
+from vatt.kernels.dropout import DropoutMask, dropped
+from vatt.kernels.patch_project import patch_project
 
 LAYER_NORM_EPSILON = 1e-6
 
@@ -108,21 +109,29 @@ class PatchTokens(nn.Module):
         total = math.prod(grid)
         kept = kept_tokens(total, rate, drop_rate.align)
         shared = drop_rate.choice == "shared"
-        return drop_tokens_reference(total, kept, draws.seed, draws.step, draws.sample_id, self.stream, shared=shared)
+        return drop_tokens(total, kept, draws.seed, draws.step, draws.sample_id, self.stream, shared=shared)
 
-    def read(self, signal: Tensor, grid: tuple[int, ...], index_BK: Tensor | None) -> Tensor:
-        """(B, K, F) patches in [-1, 1]."""
-        raise NotImplementedError
+    def forward(
+        self,
+        signal: Tensor,
+        index_BK: Tensor | None = None,
+        pre_projection: nn.Module | None = None,
+        aggregate_D: Tensor | None = None,
+        dropout: DropoutMask | None = None,
+    ) -> Tensor:
+        """(B, K, D) tokens of the signal's kept patches, in the order of index_BK; every patch if it is None.
 
-    def forward(self, signal: Tensor, index_BK: Tensor | None = None, pre_projection: nn.Module | None = None) -> Tensor:
-        """(B, K, D) tokens of the signal's kept patches, in the order of index_BK; every patch if it is None."""
+        dropout: of the tokens. aggregate_D: (B, 1 + K, D) with the learned AGG token in front, which is never dropped.
+        """
         grid = self.grid(self.extent(signal))
-        patches = self.read(signal, grid, index_BK)
+        projection = self.weight, self.bias
         if pre_projection is None:
-            return patch_project_reference(patches, self.weight, self.bias, self.positions(grid), index_BK)
-        tokens = pre_projection(patch_project_reference(patches, self.weight, self.bias, None, None))
+            position = self.positions(grid)
+            return patch_project(signal, *projection, aggregate_D, self.patch, grid, index_BK, position, dropout)
+        tokens = pre_projection(patch_project(signal, *projection, None, self.patch, grid, index_BK))
         position = self.positions(grid)
-        return tokens + (position if index_BK is None else position[index_BK])
+        tokens = dropped(tokens + (position if index_BK is None else position[index_BK]), dropout)
+        return tokens if aggregate_D is None else prepend_aggregate(aggregate_D, tokens)
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         """Size of the signal on the axes that are cut into patches."""
@@ -140,9 +149,6 @@ class VideoTokens(PatchTokens):
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         return signal.shape[1], signal.shape[3], signal.shape[4]
 
-    def read(self, signal: Tensor, grid: tuple[int, ...], index_BK: Tensor | None) -> Tensor:
-        return read_video_patches(signal, self.patch, grid, index_BK)
-
 
 class AudioTokens(PatchTokens):
     """Patches of (B, S) waveforms in [-1, 1]."""
@@ -154,9 +160,6 @@ class AudioTokens(PatchTokens):
 
     def extent(self, signal: Tensor) -> tuple[int, ...]:
         return (signal.shape[1],)
-
-    def read(self, signal: Tensor, grid: tuple[int, ...], index_BK: Tensor | None) -> Tensor:
-        return read_audio_patches(signal, self.patch[0], grid[0], index_BK)
 
 
 def prepend_aggregate(aggregate_D: Tensor, tokens_BND: Tensor) -> Tensor:

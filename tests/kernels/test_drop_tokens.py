@@ -89,7 +89,7 @@ def test_shared_is_one_unsorted_draw_for_the_whole_batch() -> None:
 
 @pytest.mark.parametrize(("total", "kept"), [(10, 0), (10, 11), (10, -1)])
 def test_impossible_counts(total: int, kept: int) -> None:
-    with pytest.raises(ValueError, match=f"drop_tokens: cannot keep {kept} of {total} tokens"):
+    with pytest.raises(ValueError, match=f"drop_tokens: kept: cannot keep {kept} of {total} tokens; keep 1 to {total}"):
         choose(total, kept, torch.arange(2))
 
 

@@ -9,7 +9,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vatt.kernels.patch_project import patch_project_reference, read_audio_patches, read_video_patches, to_unit_range
+from vatt.kernels.patch_project import (
+    patch_project,
+    patch_project_reference,
+    read_audio_patches,
+    read_video_patches,
+    to_unit_range,
+)
+from vatt.kernels.rows.bias_gelu import mask
 
 D = 6
 VIDEO_PATCHES = list(itertools.product((4, 5, 8), (16, 32)))
@@ -32,7 +39,7 @@ def test_video_is_the_released_convolution(depth: int, side: int) -> None:
     assert len(set(grid[1:])) == 2, "rows and columns must differ to tell them apart"
     weight = torch.randn(D, depth * 3 * side * side, dtype=torch.float64)
     bias = torch.randn(D, dtype=torch.float64)
-    tokens = patch_project_reference(read_video_patches(video, patch, grid, None), weight, bias, None, None)
+    tokens = patch_project_reference(video, weight, bias, None, patch, grid)
     signal = (video.double() * 2 / 255 - 1).transpose(1, 2)  # B, C, T, H, W
     kernel = weight.unflatten(1, (depth, 3, side, side)).transpose(1, 2)
     expected = F.conv3d(signal, kernel, bias, stride=patch).flatten(2).transpose(1, 2)
@@ -42,7 +49,7 @@ def test_video_is_the_released_convolution(depth: int, side: int) -> None:
 def test_audio_is_the_released_convolution() -> None:
     audio = torch.rand(3, 320, dtype=torch.float64) * 2 - 1
     weight, bias = torch.randn(D, 32, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
-    tokens = patch_project_reference(read_audio_patches(audio, 32, 10, None), weight, bias, None, None)
+    tokens = patch_project_reference(audio, weight, bias, None, (32,), (10,))
     torch.testing.assert_close(tokens, F.conv1d(audio[:, None], weight[:, None], bias, stride=32).transpose(1, 2))
 
 
@@ -129,24 +136,29 @@ def test_one_axis_may_be_padded_while_another_is_cut() -> None:
 
 
 def test_each_kept_patch_gets_its_own_position() -> None:
-    patches, weight, bias = torch.zeros(2, 3, 5), torch.randn(D, 5), torch.randn(D)
-    position = torch.randn(7, D)
-    index = torch.tensor([[6, 1, 3], [0, 2, 2]])
-    tokens = patch_project_reference(patches, weight, bias, position, index)
-    torch.testing.assert_close(tokens, bias + position[index])
-    all_tokens = patch_project_reference(torch.zeros(2, 7, 5), weight, bias, position, None)
+    audio, weight, bias = torch.zeros(2, 35), torch.randn(D, 5), torch.randn(D)
+    position, aggregate = torch.randn(7, D), torch.randn(D)
+    index = torch.tensor([[6, 1, 3], [0, 2, 5]])
+    tokens = patch_project_reference(audio, weight, bias, aggregate, (5,), (7,), index, position)
+    torch.testing.assert_close(tokens[:, 1:], bias + position[index])
+    assert tokens[:, 0].equal(aggregate.expand(2, D))
+    all_tokens = patch_project_reference(audio, weight, bias, None, (5,), (7,), None, position)
     torch.testing.assert_close(all_tokens, (bias + position).expand(2, 7, D))
 
 
+@pytest.mark.parametrize("implementation", ["reference", "native"])
 @pytest.mark.parametrize("kept", [False, True])
-def test_gradcheck_of_weight_bias_positions_and_patches(kept: bool) -> None:
+def test_gradcheck_of_signal_weight_bias_aggregate_and_positions(implementation: str, kept: bool) -> None:
     def double(*shape: int) -> Tensor:
         return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
 
-    index = torch.tensor([[4, 1, 1], [0, 3, 2]]) if kept else None
-    rows = 3 if kept else 5
-    project = lambda x, w, b, p: patch_project_reference(x, w, b, p, index)  # noqa: E731
-    assert torch.autograd.gradcheck(project, (double(2, rows, 4), double(D, 4), double(D), double(5, D)))
+    index = torch.tensor([[4, 1, 2], [0, 3, 2]]) if kept else None
+    dropout = mask(2, torch.device("cpu"), rate=0.3)
+
+    def project(signal: Tensor, w: Tensor, b: Tensor, a: Tensor, p: Tensor) -> Tensor:
+        return patch_project(signal, w, b, a, (4,), (5,), index, p, dropout, implementation=implementation)
+
+    assert torch.autograd.gradcheck(project, (double(2, 20), double(D, 4), double(D), double(D), double(5, D)))
 
 
 def test_gradient_reaches_every_pixel_read_and_no_other() -> None:
@@ -157,7 +169,8 @@ def test_gradient_reaches_every_pixel_read_and_no_other() -> None:
     assert video.grad.equal(expected)
 
 
-def test_projection_follows_the_weights_dtype() -> None:
-    patches = torch.rand(1, 2, 8)
-    tokens = patch_project_reference(patches, torch.rand(D, 8).bfloat16(), torch.rand(D).bfloat16(), None, None)
+@pytest.mark.parametrize("implementation", ["reference", "native"])
+def test_projection_follows_the_weights_dtype(implementation: str) -> None:
+    weight, bias = torch.rand(D, 8).bfloat16(), torch.rand(D).bfloat16()
+    tokens = patch_project(torch.rand(1, 16), weight, bias, None, (8,), (2,), implementation=implementation)
     assert tokens.dtype == torch.bfloat16
