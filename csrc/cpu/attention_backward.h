@@ -79,6 +79,7 @@ class Backward {
     for (int64_t q0 = 0; q0 < N; q0 += memory.piece) {
       const int64_t queries = N - q0 < memory.piece ? N - q0 : memory.piece;
       pack_queries(memory, b, h, q0, queries);
+      if (in_.bias.data) sum_delta(memory, b, h, q0, queries);
       for (int64_t k0 = 0; k0 < N; k0 += KEYS) {
         if (in_.dropout.on()) draw(memory, b, h, q0, queries, k0);
         for (int64_t r = 0; r < KEYS && k0 + r < N; r += TILE_ROWS) strip(memory, b, h, q0, queries, k0, r);
@@ -127,22 +128,60 @@ class Backward {
     }
   }
 
+  struct Tiles {
+    alignas(64) float scores[TILE_ROWS][WIDTH], dp[TILE_ROWS][WIDTH];
+    int64_t vectors;
+    float factor;  // of the scores, for the exponent of 2
+  };
+
+  // S^T and dO V^T of TILE_ROWS keys, `rows` of them real, and up to WIDTH queries.
+  void multiply_tiles(const Memory& memory, int64_t b, int64_t h, int64_t query, int64_t left, const Word* q_panel,
+                      const Word* do_panel, int64_t key, int64_t rows, Tiles& tiles) const {
+    const int64_t K = shape_.D / depth;
+    tiles.vectors = ceil_div(std::min<int64_t>(left, WIDTH), LANES);
+    multiply<Format>(TILE_ROWS, tiles.vectors, memory.k_rows + key * K, K, q_panel, K, tiles.scores[0], WIDTH, false);
+    multiply<Format>(TILE_ROWS, tiles.vectors, memory.v_rows + key * K, K, do_panel, K, tiles.dp[0], WIDTH, false);
+    tiles.factor = in_.scale * LOG2E;
+    if (in_.bias.data) {
+      add_bias(tiles.scores, b, h, query, left, key, rows, tiles.factor);
+      tiles.factor = 1.0f;
+    }
+  }
+
+  // row(P dP), the same as row(dO O) but for rounding: a query that sees one key has dS = 0 exactly, as the gradient of a bias
+  // that hides keys needs it. It takes two products more, so only a bias is given it.
+  void sum_delta(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t queries) const {
+    const int64_t K = shape_.D / depth;
+    std::fill(memory.delta, memory.delta + round_up(queries, LANES), 0.0f);
+    for (int64_t key = 0; key < shape_.N; key += TILE_ROWS) {
+      if (in_.dropout.on() && key % KEYS == 0) draw(memory, b, h, q0, queries, key);
+      const int64_t rows = std::min<int64_t>(TILE_ROWS, shape_.N - key);
+      for (int64_t q = 0; q < queries; q += WIDTH) {
+        Tiles tiles;
+        multiply_tiles(memory, b, h, q0 + q, queries - q, memory.q_panels + q * K, memory.do_panels + q * K, key, rows, tiles);
+        for (int64_t c = 0; c < tiles.vectors * LANES; c += LANES) {
+          const Vector lse = load_as<Vector>(memory.lse + q + c);
+          Vector delta = load_as<Vector>(memory.delta + q + c);
+          for (int64_t i = 0; i < rows; ++i) {
+            Vector dp = load_as<Vector>(tiles.dp[i] + c);
+            if (in_.dropout.on()) dp *= load_as<Vector>(memory.kept + (key % KEYS + i) * memory.piece + q + c);
+            delta += exp2(load_as<Vector>(tiles.scores[i] + c) * tiles.factor - lse) * dp;
+          }
+          store_as(memory.delta + q + c, delta);
+        }
+      }
+    }
+  }
+
   // TILE_ROWS keys against all queries of the piece: dV and dK of the strip, and its rows of dS^T for dQ.
   void strip(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t queries, int64_t k0, int64_t r) const {
     const int64_t D = shape_.D, K = D / depth, key = k0 + r, inner = ceil_div(queries, depth);
-    const int64_t rows = shape_.N - key < TILE_ROWS ? shape_.N - key : TILE_ROWS;
+    const int64_t rows = std::min<int64_t>(TILE_ROWS, shape_.N - key);
     for (int64_t q = 0; q < queries; q += WIDTH) {
-      const int64_t vectors = ceil_div(queries - q < WIDTH ? queries - q : WIDTH, LANES);
-      alignas(64) float scores[TILE_ROWS][WIDTH], dp[TILE_ROWS][WIDTH];
-      multiply<Format>(TILE_ROWS, vectors, memory.k_rows + key * K, K, memory.q_panels + q * K, K, scores[0], WIDTH, false);
-      multiply<Format>(TILE_ROWS, vectors, memory.v_rows + key * K, K, memory.do_panels + q * K, K, dp[0], WIDTH, false);
-      float factor = in_.scale * LOG2E;
-      if (in_.bias.data) {
-        add_bias(scores, b, h, q0 + q, queries - q, key, rows, factor);
-        factor = 1.0f;
-      }
+      Tiles tiles;
+      multiply_tiles(memory, b, h, q0 + q, queries - q, memory.q_panels + q * K, memory.do_panels + q * K, key, rows, tiles);
       Word* panel = memory.ds_panels + q * (KEYS / depth) + r / depth * WIDTH;
-      for (int64_t c = 0; c < vectors * LANES; c += LANES) {
+      for (int64_t c = 0; c < tiles.vectors * LANES; c += LANES) {
         const Vector lse = load_as<Vector>(memory.lse + q + c), delta = load_as<Vector>(memory.delta + q + c);
 #pragma GCC unroll 8
         for (int i = 0; i < TILE_ROWS; i += depth) {
@@ -151,8 +190,8 @@ class Backward {
           for (int j = i; j < i + depth; ++j) {
             Vector p{}, ds{};  // a key that is only padding
             if (j < rows) {
-              p = exp2(load_as<Vector>(scores[j] + c) * factor - lse);
-              ds = load_as<Vector>(dp[j] + c);
+              p = exp2(load_as<Vector>(tiles.scores[j] + c) * tiles.factor - lse);
+              ds = load_as<Vector>(tiles.dp[j] + c);
               if (in_.dropout.on()) {
                 const Vector kept = load_as<Vector>(memory.kept + (r + j) * memory.piece + q + c);
                 ds = p * (ds * kept - delta);
@@ -161,7 +200,7 @@ class Backward {
                 ds = p * (ds - delta);
               }
             }
-            if (out_.bias) store_as(dp[j] + c, ds);
+            if (out_.bias) store_as(tiles.dp[j] + c, ds);
             if constexpr (depth == 1) {
               store_as(memory.p_rows + j * memory.ldp + q + c, p);
               store_as(memory.ds_rows + j * memory.ldp + q + c, ds);
@@ -176,7 +215,7 @@ class Backward {
           store_as(panel + i / depth * WIDTH + c, words);
         }
       }
-      if (out_.bias) write_bias(dp, b, h, q0 + q, queries - q, key, rows);
+      if (out_.bias) write_bias(tiles.dp, b, h, q0 + q, queries - q, key, rows);
     }
     const bool more = q0 > 0;
     multiply<Format>(rows, D / LANES, memory.p_rows, memory.ldp, memory.do_inner, inner, memory.dv + key * D, D, more);

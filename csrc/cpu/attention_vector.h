@@ -96,8 +96,8 @@ inline void narrow(BFloat16* to, Vector v) {
 #endif
 }
 
-// 2^x for x <= 127, within 2 units in the last place; 0 below 2^-126 (or a denormal), NaN for NaN. The polynomial is the
-// minimax one of degree 5 for the relative error on [-1/2, 1/2].
+// 2^x for x <= 127, within 1 unit in the last place and exactly 1 for 0; 0 below 2^-126 (or a denormal), NaN for NaN. The
+// polynomial is the one of degree 6 with the least relative error on [-1/2, 1/2] among those that are 1 at 0.
 inline Vector exp2(Vector x) {
   x = larger(broadcast(-200.0f), x);
 #if defined(__AVX512F__)
@@ -106,12 +106,13 @@ inline Vector exp2(Vector x) {
   const Vector shifted = x + 0x1.8p23f, whole = shifted - 0x1.8p23f;
 #endif
   const Vector f = x - whole;
-  Vector p = broadcast(1.32764724e-3f);
-  p = p * f + 9.67554189e-3f;
-  p = p * f + 5.55071309e-2f;
-  p = p * f + 2.40221202e-1f;
-  p = p * f + 6.93146944e-1f;
-  p = p * f + 1.00000012f;
+  Vector p = broadcast(1.5353362e-4f);
+  p = p * f + 1.3398875e-3f;
+  p = p * f + 9.61843692e-3f;
+  p = p * f + 5.55033237e-2f;
+  p = p * f + 2.40226477e-1f;
+  p = p * f + 6.93147182e-1f;
+  p = p * f + 1.0f;
 #if defined(__AVX512F__)
   return (Vector)_mm512_scalef_ps((__m512)p, (__m512)whole);
 #else
