@@ -109,10 +109,19 @@ class ModelConfig:
     dropout: float = option(0.0, "Hidden dropout: position add, attention output, hidden, feed-forward output, final norm.")
     attention_dropout: float = option(0.0, "Dropout on the attention weights.")
     remainder: Literal["floor", "ceil"] = option("floor", "At the edge of a frame or wave: drop a partial patch, or pad it.")
+    last_block: Literal["all", "agg"] = option(
+        "all",
+        "The last block of a video or audio tower updates all tokens, or only AGG, the one that is read: the same features.",
+    )
 
     def __post_init__(self) -> None:
         for name in ("dropout", "attention_dropout"):
             require(0.0 <= getattr(self, name) < 1.0, name, "must be in [0, 1)")
+        require(
+            self.last_block == "all" or self.attention_dropout == 0.0,
+            "last_block",
+            "'agg' cannot draw the same dropout on attention weights as 'all'; use 'all', or attention_dropout = 0",
+        )
         if self.text.word_table == "frozen":
             require(bool(self.text.word_table_file), "text.word_table_file", "a frozen word table needs a file to load")
 

@@ -65,17 +65,19 @@ class Kept:
 class SignalTower(nn.Module):
     """Patches -> tokens -> dropout -> AGG in front -> encoder -> the AGG feature. Video and audio."""
 
-    def __init__(self, tokens: PatchTokens, encoder: Encoder, width: int, dropout: float) -> None:
+    def __init__(self, tokens: PatchTokens, encoder: Encoder, width: int, dropout: float, aggregate_only: bool) -> None:
         super().__init__()
         self.tokens = tokens
         self.dropout = Dropout(dropout, "embedding")
         self.aggregate = nn.Parameter(torch.empty(width))
         self.encoder = encoder
+        self.aggregate_only = aggregate_only
 
     def forward(self, signal: Tensor, index_BK: Tensor | None = None, draws: Draws | None = None) -> Tensor:
         """(B, D)."""
         tokens_BND = self.dropout(self.tokens(signal, index_BK), draws)
-        return self.encoder(prepend_aggregate(self.aggregate, tokens_BND), draws)[:, 0]
+        x_BND = prepend_aggregate(self.aggregate, tokens_BND)
+        return self.encoder(x_BND, draws, aggregate_only=self.aggregate_only)[:, 0]
 
 
 class GeluLinear(nn.Sequential):
@@ -88,8 +90,9 @@ class GeluLinear(nn.Sequential):
 class SharedSignalTower(nn.Module):
     """The modality-agnostic form: own patches, projections, positions and AGG around the encoder all modalities share."""
 
-    def __init__(self, tokens: PatchTokens, width: int, post_width: int, dropout: float) -> None:
+    def __init__(self, tokens: PatchTokens, width: int, post_width: int, dropout: float, aggregate_only: bool) -> None:
         super().__init__()
+        self.aggregate_only = aggregate_only
         self.tokens = tokens
         self.pre_projection = GeluLinear(width, width)
         self.dropout = Dropout(dropout, "embedding")
@@ -99,7 +102,8 @@ class SharedSignalTower(nn.Module):
     def forward(self, encoder: Encoder, signal: Tensor, index_BK: Tensor | None, draws: Draws | None) -> Tensor:
         """(B, post_width)."""
         tokens_BND = self.dropout(self.tokens(signal, index_BK, self.pre_projection), draws)
-        return self.post_projection(encoder(prepend_aggregate(self.aggregate, tokens_BND), draws)[:, 0])
+        x_BND = prepend_aggregate(self.aggregate, tokens_BND)
+        return self.post_projection(encoder(x_BND, draws, aggregate_only=self.aggregate_only)[:, 0])
 
 
 class SharedTextTower(nn.Module):
@@ -137,10 +141,10 @@ class VATT(nn.Module):
         self.audio: SharedSignalTower | SignalTower
         self.text: SharedTextTower | LinearText | TextEncoder
         if self.agnostic:
-            width = m.shared.width
+            width, only = m.shared.width, m.last_block == "agg"
             self.encoder = Encoder(m.shared, m.dropout, m.attention_dropout, config.backend.recompute_layers)
-            self.video = SharedSignalTower(VideoTokens(m.video, width, m.remainder), width, m.post_width, m.dropout)
-            self.audio = SharedSignalTower(AudioTokens(m.audio, width, m.remainder), width, m.post_width, m.dropout)
+            self.video = SharedSignalTower(VideoTokens(m.video, width, m.remainder), width, m.post_width, m.dropout, only)
+            self.audio = SharedSignalTower(AudioTokens(m.audio, width, m.remainder), width, m.post_width, m.dropout, only)
             self.text = SharedTextTower(m.text.vocabulary, m.text.word_width, config.data.words, width, m.post_width, m.dropout)
             widths = (m.post_width,) * 3
         else:
@@ -165,7 +169,7 @@ class VATT(nn.Module):
     def _signal_tower(self, tokens: PatchTokens, shape) -> SignalTower:  # type: ignore[no-untyped-def]
         m = self.config.model
         encoder = Encoder(shape, m.dropout, m.attention_dropout, self.config.backend.recompute_layers)
-        return SignalTower(tokens, encoder, shape.width, m.dropout)
+        return SignalTower(tokens, encoder, shape.width, m.dropout, m.last_block == "agg")
 
     def forward(
         self,

@@ -18,6 +18,24 @@ from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.linear import Linear
 
 
+class PackedLinear(Linear):
+    """Several projections in one, of which some may be asked for alone: `outputs` are rows of the weight and the bias."""
+
+    def forward(self, x: Tensor, outputs: slice | None = None) -> Tensor:
+        if outputs is None:
+            return self.product(x, self.bias)
+        return self.product(x, None if self.bias is None else self.bias[outputs], outputs)
+
+
+def attend_from_one(q_BH1E: Tensor, k_BHNE: Tensor, v_BHNE: Tensor, score_bias: Tensor | None, scale: float) -> Tensor:
+    """(B, H, 1, E): attention of one query, in at least fp32. Two products of a single row are no work for a tiled kernel."""
+    exact = torch.promote_types(q_BH1E.dtype, torch.float32)
+    scores_BH1N = (q_BH1E.to(exact) @ k_BHNE.to(exact).transpose(-2, -1)) * scale
+    if score_bias is not None:
+        scores_BH1N = scores_BH1N + score_bias[..., :1, :]
+    return (scores_BH1N.softmax(-1) @ v_BHNE.to(exact)).to(q_BH1E.dtype)
+
+
 class Attention(nn.Module):
     """Multi-head self-attention with one packed projection to queries, keys and values.
 
@@ -27,7 +45,7 @@ class Attention(nn.Module):
     def __init__(self, config: EncoderConfig, layer: int, attention_dropout: float, *, bias: bool, scale: float) -> None:
         super().__init__()
         self.heads, self.scale = config.heads, scale
-        self.qkv = Linear(config.width, 3 * config.width, bias=bias)
+        self.qkv = PackedLinear(config.width, 3 * config.width, bias=bias)
         self.out = Linear(config.width, config.width, bias=bias)
         self.weight_dropout = Dropout(attention_dropout, "attention_weights", layer)
 
@@ -35,6 +53,14 @@ class Attention(nn.Module):
         """(B, N, D). score_bias broadcasts to (B, H, N, N) and is added to the scaled scores."""
         qkv_BN3HE = self.qkv(x_BND).unflatten(-1, (3, self.heads, -1))
         return self.out(attention(qkv_BN3HE, score_bias, self.scale, self.weight_dropout.mask(draws)))
+
+    def of_aggregate(self, x_BND: Tensor, score_bias: Tensor | None = None) -> Tensor:
+        """(B, 1, D): what `forward` gives AGG, the first token, without attention dropout (see ModelConfig.last_block)."""
+        width = x_BND.shape[-1]
+        q_BH1E = self.qkv(x_BND[:, :1], slice(0, width)).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv_BN2HE = self.qkv(x_BND, slice(width, None)).unflatten(-1, (2, self.heads, -1))
+        k_BHNE, v_BHNE = kv_BN2HE.permute(2, 0, 3, 1, 4)
+        return self.out(attend_from_one(q_BH1E, k_BHNE, v_BHNE, score_bias, self.scale).transpose(1, 2).flatten(2))
 
 
 class LinearGelu(Linear):
@@ -91,14 +117,21 @@ class Block(nn.Module):
         score_bias: Tensor | None = None,
         normed_BND: Tensor | None = None,
         following: Norm | None = None,
+        aggregate_only: bool = False,
     ) -> Tensor | tuple[Tensor, Tensor]:
         """The stream after this block; with `following`, the norm that reads it next, (stream, following(stream)).
+
+        aggregate_only: only AGG's (B, 1, D), the same numbers; only its attention and feed-forward are computed.
 
         Adding a branch to the stream and the norm after it are one pass over memory, and so belong together even where
         the norm is the next block's. normed_BND: this block's own attention norm of x_BND, if that is how it came.
         """
         normed_BND = self.attention_norm(x_BND) if normed_BND is None else normed_BND
-        branch_BND = self.attention(normed_BND, draws, score_bias)
+        if aggregate_only:
+            # AGG's row is the first of its sample, so it has the dropout it would have among all.
+            x_BND, branch_BND = x_BND[:, :1], self.attention.of_aggregate(normed_BND, score_bias)
+        else:
+            branch_BND = self.attention(normed_BND, draws, score_bias)
         x_BND, normed_BND = self.feed_forward_norm(x_BND, branch_BND, self.attention_dropout.mask(draws))
         branch_BND = self.feed_forward(normed_BND, draws)
         if following is None:
@@ -108,20 +141,27 @@ class Block(nn.Module):
 
 
 def run_blocks(
-    blocks: nn.ModuleList, norm: Norm, x_BND: Tensor, draws: Draws | None, score_bias: Tensor | None, recompute_layers: int
+    blocks: nn.ModuleList,
+    norm: Norm,
+    x_BND: Tensor,
+    draws: Draws | None,
+    score_bias: Tensor | None,
+    recompute_layers: int,
+    aggregate_only: bool = False,
 ) -> Tensor:
-    """norm(the stream after the last block).
+    """norm(the stream after the last block); of AGG alone, (B, 1, D), with `aggregate_only`.
 
     recompute_layers: so many of the first blocks keep no activations for backward but run again in it. What they keep is the
     stream alone, so the norm between two of them is taken by the second.
     """
     normed_BND = None
     for layer, block in enumerate(blocks):
+        last = layer + 1 == len(blocks)
         if layer < recompute_layers:
-            x_BND = recomputed(block, x_BND, draws, score_bias)
+            x_BND = recomputed(block, x_BND, draws, score_bias, None, None, aggregate_only and last)
         else:
-            following = blocks[layer + 1].attention_norm if layer + 1 < len(blocks) else norm
-            x_BND, normed_BND = block(x_BND, draws, score_bias, normed_BND, following)
+            following = norm if last else blocks[layer + 1].attention_norm
+            x_BND, normed_BND = block(x_BND, draws, score_bias, normed_BND, following, aggregate_only and last)
     return norm(x_BND) if normed_BND is None else normed_BND
 
 
@@ -135,5 +175,15 @@ class Encoder(nn.Module):
         self.norm = LayerNorm(config.width)
         self.dropout = Dropout(dropout, "final")
 
-    def forward(self, x_BND: Tensor, draws: Draws | None = None, score_bias: Tensor | None = None) -> Tensor:
-        return self.dropout(run_blocks(self.blocks, self.norm, x_BND, draws, score_bias, self.recompute_layers), draws)
+    def forward(
+        self,
+        x_BND: Tensor,
+        draws: Draws | None = None,
+        score_bias: Tensor | None = None,
+        *,
+        aggregate_only: bool = False,
+    ) -> Tensor:
+        """(B, N, D), or with `aggregate_only` (B, 1, D): AGG's, whose feature is all that a tower hands on."""
+        recompute = self.recompute_layers
+        normed_BND = run_blocks(self.blocks, self.norm, x_BND, draws, score_bias, recompute, aggregate_only)
+        return self.dropout(normed_BND, draws)

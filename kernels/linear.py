@@ -39,13 +39,14 @@ class Linear(nn.Linear):
     def forward(self, x: Tensor) -> Tensor:
         return self.product(x, self.bias)
 
-    def product(self, x: Tensor, bias_N: Tensor | None) -> Tensor:
-        """x W^T + bias_N: for a caller that adds the layer's bias itself, and passes None."""
+    def product(self, x: Tensor, bias_N: Tensor | None, outputs: slice | None = None) -> Tensor:
+        """x W^T + bias_N: for a caller that adds the layer's bias itself, and passes None. outputs: which of W's rows."""
+        weight = self.weight if outputs is None else self.weight[outputs]
         if self.eight_bit:
             from vatt.kernels.fp8_linear import fp8_linear
 
-            return fp8_linear(x, self.weight, bias_N)
-        return linear(x, self.weight, bias_N)
+            return fp8_linear(x, weight, bias_N)
+        return linear(x, weight, bias_N)
 
 
 class _WideLinear(torch.autograd.Function):

@@ -5,7 +5,9 @@ N = tokens with AGG, D = width, H = heads, F = hidden features, L = layers, G = 
 **True**: the matrix products a clip needs, a multiply-add = 2. Only kept patches are projected; QK^T and AV both count.
 Left out, as in every published MFU: elementwise work (GELU, softmax, norms, residual and bias adds, dropout, L2 and batch
 normalisation, the loss after its logits), position resampling, table look-ups, the optimizer, and whatever an implementation
-does twice (recomputing attention in backward, heads run by every rank).
+does twice (recomputing attention or whole blocks in backward, towers run again by gradient caching, heads run by every rank).
+The rows describe the model, all tokens through all blocks. A run's FLOP/s and MFU (`step_flops`) also leave out what
+`model.last_block` = "agg" does not compute, so they never count a product that was not made.
 
 **Paper**: what the paper's tables count, found by reproducing them to 0.5 %: TensorFlow's profiler on the released code, where
  - QK^T is written as an einsum and is not counted; AV is;
@@ -25,7 +27,7 @@ from dataclasses import dataclass, replace
 from vatt.engine.config import EncoderConfig, RunConfig, kept_tokens
 from vatt.engine.profile.peak import peak_tflops
 
-__all__ = ["FlopRow", "add_up", "encoder_flops", "peak_tflops", "run_flops", "step_flops"]
+__all__ = ["FlopRow", "add_up", "encoder_flops", "executed_flops", "peak_tflops", "run_flops", "step_flops"]
 
 SCORE_FLOPS = 7
 DROPOUT_FLOPS = 3
@@ -67,10 +69,26 @@ def run_flops(config: RunConfig, *, training: bool) -> list[FlopRow]:
 def step_flops(config: RunConfig) -> float:
     """True FLOPs of one training step over the global batch: forward, and the gradients of inputs and weights.
 
-    Pixels and samples of sound need no gradient, so patch projections have one product in backward instead of two.
+    Pixels and samples of sound need no gradient, so patch projections have one product in backward instead of two. What
+    `model.last_block` leaves out is not counted.
     """
-    total = add_up(run_flops(config, training=True))
-    return config.batch_size * (total.true + total.backward)
+    total, unneeded = add_up(run_flops(config, training=True)), add_up(_unneeded(config))
+    return config.batch_size * (total.true + total.backward - unneeded.true - unneeded.backward)
+
+
+def executed_flops(config: RunConfig, ranks: int = 1) -> float:
+    """`step_flops` and what is done again for the sake of memory, on `ranks` ranks. For information: no MFU is made of it."""
+    rows, unneeded = run_flops(config, training=True), add_up(_unneeded(config))
+    again = 0.0
+    if 0 < config.backend.chunk < config.batch_size // ranks:
+        again += add_up(row for row in rows if row.tower in ("video", "audio", "text")).true - unneeded.true
+    for encoder in _encoders(config):
+        layers = min(config.backend.recompute_layers, encoder.shape.layers)
+        blocks = add_up(encoder_flops(encoder.tower, encoder.shape, encoder.tokens)).true
+        again += encoder.runs * blocks * layers / encoder.shape.layers
+        if layers == encoder.shape.layers:
+            again -= encoder.unneeded(config).true
+    return step_flops(config) + config.batch_size * again
 
 
 @dataclass(frozen=True)
@@ -128,6 +146,43 @@ def encoder_flops(
         _paper_only(tower, "biases and residuals", layers * adds),
         _paper_only(tower, "dropout", layers * DROPOUT_FLOPS * dropped),
     ]
+
+
+@dataclass(frozen=True)
+class _Encoder:
+    """A stack of blocks, the tokens that enter it in training, AGG included, and how often it runs for a clip."""
+
+    tower: str
+    shape: EncoderConfig
+    tokens: int
+    runs: int = 1
+
+    def unneeded(self, config: RunConfig) -> FlopRow:
+        """What its last block computes for other tokens than AGG that AGG's feature does not depend on.
+
+        Keys and values of all tokens are needed; queries, scores, output projection and feed-forward of AGG alone.
+        """
+        n, d, f = float(self.tokens), self.shape.width, self.shape.hidden
+        signal = self.tower in ("video", "audio")
+        others = (n - 1) if config.model.last_block == "agg" and signal else 0.0
+        return _product(self.tower, "last block", others * (4 * d * d + 4 * n * d + 4 * d * f))
+
+
+def _encoders(config: RunConfig) -> list[_Encoder]:
+    """The stacks that one clip runs through in training."""
+    m, words, captions = config.model, config.data.words, config.data.captions
+    signals = _Signal.video(config, training=True), _Signal.audio(config, training=True)
+    shared = m.kind == "agnostic"
+    shapes = (m.shared, m.shared) if shared else (m.video, m.audio)
+    stacks = [_Encoder(signal.tower, shape, signal.kept + 1) for signal, shape in zip(signals, shapes, strict=True)]
+    if shared or m.text.tower == "t5":
+        stacks.append(_Encoder("text", m.shared if shared else m.text, words + 1, captions))
+    return stacks
+
+
+def _unneeded(config: RunConfig) -> list[FlopRow]:
+    """What the last blocks leave out of a clip's rows."""
+    return [encoder.unneeded(config) for encoder in _encoders(config)]
 
 
 def _specific(config: RunConfig, video: _Signal, audio: _Signal, dropout: tuple[bool, bool]) -> list[FlopRow]:
