@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vatt.engine import norm as norms
 from vatt.engine import randomness, transformer
+from vatt.engine import tokens as patches
 from vatt.engine.config import (
     AudioConfig,
     DataConfig,
@@ -101,6 +102,7 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[Applied]:
     """
     calls: list[Applied] = []
     alone, joining, activating = randomness.dropout, norms.add_layer_norm, transformer.bias_gelu
+    projecting, embedding = patches.patch_project, patches.dropped
     attending = transformer.attention
 
     def watch_alone(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
@@ -143,6 +145,22 @@ def applied(monkeypatch: pytest.MonkeyPatch) -> list[Applied]:
             columns.append(shown.unflatten(-1, (H, D)).transpose(1, 2))
         return torch.cat(columns, dim=-1)[..., :N].detach()
 
+    def watch_projecting(signal: Tensor, *arguments) -> Tensor:
+        tokens, mask = projecting(signal, *arguments), arguments[-1]
+        if isinstance(mask, DropoutMask):
+            whole = projecting(signal, *arguments[:-1])
+            assert tokens[:, 0].equal(whole[:, 0]), "AGG is never dropped"
+            calls.append(Applied(int(mask.stream), mask.rate, whole[:, 1:].detach(), tokens[:, 1:].detach()))
+        return tokens
+
+    def watch_embedding(x: Tensor, mask: DropoutMask | None) -> Tensor:
+        y = embedding(x, mask)
+        if mask is not None:
+            calls.append(Applied(int(mask.stream), mask.rate, x.detach(), y.detach()))
+        return y
+
+    monkeypatch.setattr(patches, "patch_project", watch_projecting)
+    monkeypatch.setattr(patches, "dropped", watch_embedding)
     monkeypatch.setattr(transformer, "attention", watch_attending)
     monkeypatch.setattr(randomness, "dropout", watch_alone)
     monkeypatch.setattr(norms, "add_layer_norm", watch_joining)

@@ -145,6 +145,14 @@ def watch(model: VATT) -> dict[str, Any]:
     return outputs
 
 
+def behind_aggregate(model: VATT, seen: dict[str, Any], modality: str) -> Tensor:
+    """The patches' tokens of a tower, whose AGG token comes before them."""
+    tokens = seen[f"{modality}.tokens"]
+    aggregate = getattr(model, modality).aggregate
+    assert tokens[:, 0].equal(aggregate.expand(len(tokens), -1))
+    return tokens[:, 1:]
+
+
 def test_every_weight_has_a_released_name(specific: Golden, agnostic: Golden) -> None:
     for golden, config in ((specific, specific_config()), (agnostic, agnostic_config())):
         weights = golden.under("w/")
@@ -163,19 +171,17 @@ def test_specific_inference_layer_by_layer(specific: Golden) -> None:
         space = model(batch)
     for m in ("video", "audio"):
         expected = specific.under(f"eval/{m}/")
-        assert_activation(seen[f"{m}.tokens"], expected["after_pos"], f"{m} tokens")
+        assert_activation(behind_aggregate(model, seen, m), expected["after_pos"], f"{m} tokens")
         for i in range(2):
             stream, _ = seen[f"{m}.encoder.blocks.{i}"]
             assert_activation(stream, expected[f"layer{i}"], f"{m} block {i}")
         assert_activation(seen[f"{m}.encoder"], expected["final_norm"], f"{m} final norm")
         assert_activation(seen[f"{m}.encoder"][:, 1:].flatten(1), expected["features"].flatten(1), f"{m} features")
         assert_activation(getattr(space, f"{m}_features"), expected["features_pooled"], f"{m} AGG")
-    tower, grid = model.video.tokens, (2, 2, 3)
-    bare = seen["video.tokens"] - tower.positions(grid)
+    bare = behind_aggregate(model, seen, "video") - model.video.tokens.positions((2, 2, 3))
     assert_activation(bare, specific["eval/video/patch_proj_bthwd"].flatten(1, 3), "video projection")
-    assert_activation(
-        seen["audio.tokens"] - model.audio.tokens.positions((10,)), specific["eval/audio/patch_proj"], "audio projection"
-    )
+    bare = behind_aggregate(model, seen, "audio") - model.audio.tokens.positions((10,))
+    assert_activation(bare, specific["eval/audio/patch_proj"], "audio projection")
     text = specific.under("eval/text/")
     assert_activation(seen["text.relative_bias"], text["rel_bias_no_mask"], "relative bias")
     for i in range(3):
@@ -207,7 +213,7 @@ def test_agnostic_inference(agnostic: Golden) -> None:
         assert_activation(seen[f"{m}.post_projection"], expected["features_pooled"], f"{m} AGG")
         assert_activation(getattr(space, f"{m}_features"), expected["features_pooled"], f"{m} features")
         if m != "text":
-            assert_activation(seen[f"{m}.tokens"], expected["after_pos"], f"{m} tokens")
+            assert_activation(behind_aggregate(model, seen, m), expected["after_pos"], f"{m} tokens")
     for ours, key in HEADS.items():
         assert_activation(getattr(space, ours), agnostic[f"eval/head/{key}"], key)
 
