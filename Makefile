@@ -8,6 +8,8 @@ READY := .venv/.ready
 WORLD := runs/world
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt
 PYTEST := $(BIN)/python -m pytest
+# The oldest Triton the kernels have to compile with, beside the pinned one; a folder to put before the others, no environment.
+OLDEST_TRITON := build/triton-3.6.0/.ready
 
 .PHONY: help demo test test-slow soak check clean
 .DEFAULT_GOAL := help
@@ -26,6 +28,12 @@ $(READY): pyproject.toml setup.py constraints.txt
 	@$(PIP) --editable '.[dev]'
 	@touch $@
 
+$(OLDEST_TRITON): $(READY)
+	@echo "installing into $(@D), once: $(notdir $(@D)), to compile with"
+	@rm -rf $(@D)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --target $(@D) $(subst triton-,triton==,$(notdir $(@D)))
+	@touch $@
+
 $(WORLD)/train.jsonl: | $(READY)
 	@echo "making the sample world"
 	@start=$$(date +%s); $(BIN)/vatt data sample-world $(WORLD) --train 1600 --test 200 --seed 0 && \
@@ -36,10 +44,10 @@ demo: $(READY) $(WORLD)/train.jsonl ## pre-train a tiny VATT on real clips made 
 	@start=$$(date +%s); $(BIN)/vatt pretrain pretrain/tiny --output runs/demo && \
 	  echo "vatt pretrain: $$(( $$(date +%s) - start )) s, start of the process included"
 
-test: $(READY) ## the tests a change has to pass (minutes)
+test: $(READY) $(OLDEST_TRITON) ## the tests a change has to pass (minutes)
 	@$(PYTEST) -m "not slow and not soak"
 
-test-slow: $(READY) ## launchers, wheels, and samples of the long suites
+test-slow: $(READY) $(OLDEST_TRITON) ## launchers, wheels, and samples of the long suites
 	@$(PYTEST) -m "slow and not soak"
 
 soak: $(READY) ## the long suites, with their figures; names them first

@@ -283,10 +283,12 @@ def show(rows: Sequence[Row]) -> str:
             lines.append(f"  {way}: {bytes_moved / 1e6:.1f} MB, {flops / 1e9:.1f} GFLOP; at least, in us: {floors}")
         lines.append(f"  {'launch':<24}{'target':<8}" + "".join(f"{title:>9}" for title in COLUMNS.values()) + "  tuning")
         for found in here:
-            if found["shipped"]:
+            if "error" in found:
+                lines.append(f"  {found['launch']:<24}{found['target']:<8} {found['error']}  {found['tuning']}")
+            elif found["shipped"]:
                 figures = "".join(f"{found.get(field, '-'):>9}" for field in COLUMNS)
                 lines.append(f"  {found['launch']:<24}{found['target']:<8}{figures}  {found['tuning']}")
-        others = sum(not found["shipped"] for found in here)
+        others = sum(not found["shipped"] and "error" not in found for found in here)
         if others:
             lines.append(f"  and {others} rows of other tunings (--json has them)")
     return "\n".join(lines).lstrip("\n")
