@@ -25,7 +25,7 @@ Arguments = dict[str, Any]  # of the op, by name
 # dtype's run has a truth of its own.
 Make = Callable[[torch.dtype, torch.device], Arguments]
 
-NAMES = ("bias_gelu", "add_layer_norm", "attention", "drop_tokens", "contrastive", "patch_project")
+NAMES = ("bias_gelu", "add_layer_norm", "attention", "drop_tokens", "contrastive", "patch_project", "dropout")
 
 
 @dataclass(frozen=True)

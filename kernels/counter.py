@@ -13,9 +13,12 @@ is one definition of the hash. Seven rounds pass every test of BigCrush in the p
 from __future__ import annotations
 
 from enum import IntEnum
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 ROUNDS = 7
 _MASK = 0xFFFFFFFF
@@ -76,6 +79,24 @@ def words(seed: int, stream: int, step: int, sample_id: int, count: int) -> np.n
     sample, at, draw = (np.full_like(position, value & _MASK) for value in (sample_id, step, stream))
     low, high = (np.full_like(position, key) for key in seed_key(seed))
     return np.stack(philox((position, sample, at, draw), (low, high)), axis=-1).reshape(-1)[:count]
+
+
+def words_tensor(seed: Tensor, step: Tensor, sample_id: Tensor, stream: int, count: int) -> Tensor:
+    """int64 (B, count): the same words for a whole batch, on the device of its ids; in C++ on a CPU.
+
+    seed, step: int64 scalars; sample_id: int64 (B,). Nothing waits for the host.
+    """
+    import torch  # data workers use this file without it
+
+    from vatt.kernels import native
+
+    if sample_id.device.type == "cpu" and native.loaded():
+        drawn: Tensor = torch.ops.vatt_native.words(seed, step, sample_id.contiguous(), stream, count)
+        return drawn
+    position = torch.arange(-(-count // 4), device=sample_id.device)[None, :]
+    counter = (position, sample_id[:, None], step, torch.full_like(step, stream))
+    drawn = torch.stack(torch.broadcast_tensors(*philox(counter, seed_key(seed))), dim=-1)
+    return drawn.reshape(len(sample_id), -1)[:, :count]
 
 
 def uniform(seed: int, stream: int, step: int, sample_id: int, count: int) -> np.ndarray:

@@ -1,7 +1,8 @@
 """Dropout whose mask is a function of (seed, step, sample, site): the same on any layout, and replayed in backward.
 
 B = samples, R = rows per sample (1, or the caption candidates of a clip), x has shape (B * R, ..., C).
-The mask is never stored: backward draws it again from the counter, and so do the kernels that fuse a dropout.
+The mask is never stored: backward draws it again from the counter, and so do the kernels that fuse a dropout. On a CPU the
+words are drawn in C++ (csrc/cpu/counter.cpp), the same bits as from PyTorch's integers.
 """
 
 from __future__ import annotations
@@ -11,8 +12,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vatt.kernels.counter import philox, seed_key
-from vatt.kernels.implementation import require
+from vatt.kernels import native
+from vatt.kernels.counter import words_tensor
+from vatt.kernels.implementation import gpu_module, require, resolve
 
 
 class DropoutMask(NamedTuple):
@@ -53,29 +55,96 @@ def keep_mask(shape: torch.Size, rate: float, seed: Tensor, step: Tensor, sample
     """
     samples, columns = sample_id.shape[0], shape[-1]
     require(shape[0] % samples == 0, "dropout", "sample_id", f"{shape[0]} rows are not a multiple of {samples} samples")
-    groups = -(-columns // 4)
-    position = torch.arange(shape.numel() // (samples * columns) * groups, device=sample_id.device)[None, :]
-    counter = (position, sample_id[:, None], step, torch.full_like(step, stream))
-    words = torch.stack(torch.broadcast_tensors(*philox(counter, seed_key(seed))), dim=-1)
-    return (words.reshape(-1, 4 * groups)[:, :columns] >= int(rate * 2**32)).reshape(shape)
+    threshold = int(rate * 2**32)
+    if sample_id.device.type == "cpu" and native.loaded():
+        kept: Tensor = torch.ops.vatt_native.keep_mask(shape, threshold, seed, step, sample_id.contiguous(), stream)
+        return kept
+    padded = -(-columns // 4) * 4
+    words = words_tensor(seed, step, sample_id, stream, shape.numel() // (samples * columns) * padded)
+    return (words.reshape(-1, padded)[:, :columns] >= threshold).reshape(shape)
 
 
-class _Dropout(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x, mask):  # type: ignore[no-untyped-def]
-        ctx.save_for_backward(mask.seed, mask.step, mask.sample_id)
-        ctx.rate, ctx.stream = mask.rate, mask.stream
-        return x * keep_mask(x.shape, *mask) / (1.0 - mask.rate)
-
-    @staticmethod
-    def backward(ctx, grad):  # type: ignore[no-untyped-def]
-        mask = keep_mask(grad.shape, ctx.rate, *ctx.saved_tensors, ctx.stream)
-        return grad * mask / (1.0 - ctx.rate), None
+@native.fake("keep_mask")
+def _(shape, threshold, seed, step, sample_id, stream):  # type: ignore[no-untyped-def]
+    return sample_id.new_empty(shape, dtype=torch.bool)
 
 
-def dropout(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
-    """x with each element zeroed with probability `rate` and the rest divided by 1 - rate; arguments as for keep_mask."""
-    return x if rate == 0.0 else _Dropout.apply(x, DropoutMask(rate, seed, step, sample_id, stream))
+@native.fake("words")
+def _(seed, step, sample_id, stream, count):  # type: ignore[no-untyped-def]
+    return sample_id.new_empty(sample_id.shape[0], count)
+
+
+@native.fake("dropout")
+def _(x, rate, threshold, seed, step, sample_id, stream):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x)
+
+
+def dropout_reference(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
+    """`dropout` in at least fp32, rounded once to the dtype of x."""
+    exact = torch.promote_types(x.dtype, torch.float32)
+    return (x.to(exact) * keep_mask(x.shape, rate, seed, step, sample_id, stream) / (1.0 - rate)).to(x.dtype)
+
+
+def dropout_eager(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int) -> Tensor:
+    """The same from PyTorch's own functions, in the dtype of x."""
+    return x * keep_mask(x.shape, rate, seed, step, sample_id, stream) / (1.0 - rate)
+
+
+def dropout(
+    x: Tensor,
+    rate: float,
+    seed: Tensor,
+    step: Tensor,
+    sample_id: Tensor,
+    stream: int,
+    implementation: str = "native",
+) -> Tensor:
+    """x with each element zeroed with probability `rate` and the rest divided by 1 - rate; x itself at rate 0.
+
+    x: (B * R, ..., C), copied unless contiguous; the rest as for keep_mask. Differentiable in x. implementation: see
+    `vatt.kernels.implementation`; "native" on a CPU is C++ in fp32 and bf16, PyTorch's functions in other dtypes. Raises
+    KernelError for what the kernels cannot take.
+    """
+    require(x.is_floating_point(), "dropout", "x", f"is {x.dtype}; it must be floating point")
+    require(x.dim() > 0, "dropout", "x", "is a scalar; it needs an axis of samples")
+    check_mask("dropout", DropoutMask(rate, seed, step, sample_id, stream), x.shape[0], x)
+    how = resolve("dropout", implementation, x)
+    if rate == 0.0 or x.numel() == 0:
+        return x
+    if how == "reference":
+        return dropout_reference(x, rate, seed, step, sample_id, stream)
+    y: Tensor = torch.ops.vatt.dropout(x, rate, seed, step, sample_id, stream, how)
+    return y
+
+
+@torch.library.custom_op("vatt::dropout", mutates_args=())
+def _forward(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int, implementation: str) -> Tensor:
+    mask, x = DropoutMask(rate, seed, step, sample_id, stream), x.contiguous()
+    if implementation == "triton":
+        y: Tensor = gpu_module("dropout").dropout(x, mask)
+        return y
+    if x.dtype not in (torch.float32, torch.bfloat16) or not native.loaded():
+        return dropout_eager(x, *mask)
+    y = torch.ops.vatt_native.dropout(x, rate, mask.threshold, seed, step, sample_id.contiguous(), stream)
+    return y
+
+
+@_forward.register_fake
+def _(x, rate, seed, step, sample_id, stream, implementation):  # type: ignore[no-untyped-def]
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _save(ctx, inputs, output):  # type: ignore[no-untyped-def]
+    _, ctx.rate, seed, step, sample_id, ctx.stream, ctx.implementation = inputs
+    ctx.save_for_backward(seed, step, sample_id)
+
+
+def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
+    """The same op once more: a dropout is linear, and its mask is drawn again."""
+    return _forward(grad, ctx.rate, *ctx.saved_tensors, ctx.stream, ctx.implementation), *[None] * 6
+
+
+_forward.register_autograd(_differentiate, setup_context=_save)
 
 
 def dropped(x: Tensor, mask: DropoutMask | None) -> Tensor:

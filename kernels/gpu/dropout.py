@@ -1,13 +1,25 @@
-"""A dropout fused into a kernel that walks over blocks of rows and columns: its arguments, and its mask."""
+"""A dropout fused into a kernel that walks over blocks of rows and columns: its arguments, and its mask; and one by itself.
+
+Legend: M rows, C columns. Prefixes: o_ offsets, m_ mask, p_ pointer.
+"""
 
 from __future__ import annotations
 
+import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.gpu.counter import keep
+from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
+from vatt.kernels.gpu.target import current_target
+
+TUNINGS = Tunings(
+    "dropout",
+    {"wide": Tuning({"BLOCK_M": 1, "BLOCK_C": 1024}), "square": Tuning({"BLOCK_M": 8, "BLOCK_C": 256}, warps=8)},
+    {"sm_80": "wide"},
+)
 
 
 @triton.jit
@@ -35,3 +47,41 @@ def mask_arguments(dropout: DropoutMask | None, rows: int) -> dict[str, Tensor |
         "threshold": dropout.threshold,
         "scale": 1.0 / (1.0 - dropout.rate),
     }
+
+
+@triton.jit
+def _dropout(
+    p_x,
+    p_y,
+    p_seed,
+    p_step,
+    p_sample,
+    M,
+    C,
+    rows_per_sample,
+    stream,
+    threshold,
+    scale,
+    BLOCK_M: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    o_m = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_c = tl.program_id(1) * BLOCK_C
+    o_c = first_c + tl.arange(0, BLOCK_C)
+    m_m = o_m < M
+    m_x = m_m[:, None] & (o_c < C)[None, :]
+    o_x = o_m.to(tl.int64)[:, None] * C + o_c[None, :]
+    x = tl.load(p_x + o_x, mask=m_x, other=0.0).to(tl.float32)
+    kept = keep_block(o_m, first_c, C, rows_per_sample, p_sample, p_step, p_seed, stream, threshold, m_m, BLOCK_C)
+    tl.store(p_y + o_x, tl.where(kept, x * scale, 0.0).to(p_y.dtype.element_ty), mask=m_x)
+
+
+def dropout(x: Tensor, mask: DropoutMask) -> Tensor:
+    """Forward; of a gradient, backward."""
+    x = x.contiguous()
+    y = torch.empty_like(x)
+    M, C = x.numel() // x.shape[-1], x.shape[-1]
+    tuning = TUNINGS.pick(current_target())
+    grid = triton.cdiv(M, tuning.blocks["BLOCK_M"]), triton.cdiv(C, tuning.blocks["BLOCK_C"])
+    Launch(_dropout, grid, {"p_x": x, "p_y": y, "M": M, "C": C, **mask_arguments(mask, M)}, {}, tuning)()
+    return y
