@@ -4,10 +4,13 @@ from dataclasses import replace
 
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
 
+from vatt.engine.backend.plain import PlainBackend
 from vatt.engine.config import (
     AudioConfig,
+    BackendConfig,
     DataConfig,
     DropRateConfig,
     EncoderConfig,
@@ -19,9 +22,10 @@ from vatt.engine.config import (
     VideoConfig,
 )
 from vatt.engine.data.batch import Batch
+from vatt.engine.gradient_cache import backward_in_chunks
 from vatt.engine.loss import contrastive_losses
 from vatt.engine.model import VATT
-from vatt.engine.profile.flops import add_up, encoder_flops, peak_tflops, run_flops, step_flops
+from vatt.engine.profile.flops import add_up, encoder_flops, executed_flops, peak_tflops, run_flops, step_flops
 from vatt.engine.randomness import Draws
 
 GIGA = 1e9
@@ -143,6 +147,18 @@ SPECIFIC = ModelConfig(
 )
 
 
+class Products(TorchDispatchMode):
+    """Adds up the FLOPs of what is dispatched (torch's FlopCounterMode hooks modules too, and fails under no_grad)."""
+
+    total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        count = flop_registry.get(func._overloadpacket)
+        self.total += count(*args, **(kwargs or {}), out_val=out) if count else 0
+        return out
+
+
 def count_dispatched(config, word_table=True):
     """(forward, forward + backward) FLOPs of the matrix products torch runs in one training step on one process."""
     data, clips = config.data, config.batch_size
@@ -156,11 +172,16 @@ def count_dispatched(config, word_table=True):
         has_audio=torch.ones(clips, dtype=torch.bool),
         sample_id=torch.arange(clips),
     )
-    with FlopCounterMode(display=False) as counter:
-        losses = contrastive_losses(model(batch, Draws.at(1, 2, batch.sample_id)), config.loss)
-        forward = counter.get_total_flops()
+    draws, chunk = Draws.at(1, 2, batch.sample_id), config.backend.chunk
+    with Products() as counter:
+        if chunk:
+            backend = PlainBackend(model, config, rank=0, world_size=1, device=torch.device("cpu"))
+            backward_in_chunks(backend, batch, draws, chunk, lambda space: contrastive_losses(space, config.loss))
+            return None, counter.total
+        losses = contrastive_losses(model(batch, draws), config.loss)
+        forward = counter.total
         losses.total.backward()
-    return forward, counter.get_total_flops()
+    return forward, counter.total
 
 
 @pytest.mark.parametrize(
@@ -178,6 +199,36 @@ def test_every_product_that_torch_dispatches_is_counted(kind, text, rate, form):
     forward, both = count_dispatched(config)
     assert forward == config.batch_size * add_up(run_flops(config, training=True)).true
     assert both == step_flops(config)
+
+
+DATA = DataConfig(frames=4, size=24, audio_samples=320, captions=2, words=6)
+
+
+@pytest.mark.parametrize(("kind", "text"), [("specific", "t5"), ("specific", "linear"), ("agnostic", "t5")])
+@pytest.mark.parametrize(("chunk", "recompute_layers"), [(0, 1), (0, 9), (2, 0), (2, 1)])
+def test_what_runs_twice_is_executed_and_not_counted(kind, text, chunk, recompute_layers):
+    model = replace(SPECIFIC, kind=kind, text=replace(SPECIFIC.text, tower=text))
+    plain = RunConfig(batch_size=3, data=DATA, model=model, backend=BackendConfig(name="torch", precision="fp32"))
+    config = replace(plain, backend=replace(plain.backend, chunk=chunk, recompute_layers=recompute_layers))
+    assert executed_flops(plain) == step_flops(plain) == step_flops(config)
+    assert count_dispatched(config)[1] == executed_flops(config) > step_flops(config)
+    assert executed_flops(replace(plain, backend=replace(plain.backend, chunk=2)), ranks=2) == step_flops(plain), (
+        "1 clip a rank"
+    )
+
+
+@pytest.mark.parametrize(("chunk", "recompute_layers"), [(0, 0), (0, 1), (2, 0), (2, 1)])
+def test_what_agg_alone_does_not_need_is_neither(chunk, recompute_layers):
+    """One layer a tower, so that no product is hidden in a fused attention."""
+    audio, text = replace(SPECIFIC.audio, layers=1), replace(SPECIFIC.text, tower="linear")
+    model = replace(SPECIFIC, audio=audio, text=text, attention_dropout=0.0, last_block="agg")
+    backend = BackendConfig(name="torch", precision="fp32", chunk=chunk, recompute_layers=recompute_layers)
+    config = RunConfig(batch_size=3, data=DATA, model=model, backend=backend)
+    every_token = replace(config, model=replace(model, last_block="all"))
+    assert count_dispatched(config)[1] == executed_flops(config) < executed_flops(every_token)
+    assert step_flops(config) < step_flops(every_token)
+    if not chunk and not recompute_layers:
+        assert executed_flops(config) == step_flops(config)
 
 
 @pytest.mark.parametrize(("kind", "text"), [("specific", "t5"), ("specific", "linear"), ("agnostic", "t5")])
