@@ -60,10 +60,12 @@ def divisible(*counts: str) -> Callable[[Callable[..., Shape]], Callable[..., Sh
 
         @functools.wraps(make_shape)
         def made(*arguments: Any, **named: Any) -> Shape:
-            given = signature.bind(*arguments, **named).arguments
+            given = signature.bind(*arguments, **named)
 
             def divided(factor: int) -> Shape:
-                return made(**{name: max(1, n // factor) if name in counts and n else n for name, n in given.items()})
+                fewer = signature.bind(*given.args, **given.kwargs)
+                fewer.arguments |= {name: max(1, n // factor) for name, n in given.arguments.items() if name in counts and n}
+                return made(*fewer.args, **fewer.kwargs)
 
             return replace(make_shape(*arguments, **named), divided=divided)
 

@@ -66,4 +66,4 @@ def ceilings_of(device_name: str) -> list[str]:
 
 def times_us(bytes_moved: float, flops: float) -> dict[str, float]:
     """The roofline time under every ceiling, in microseconds: {"a100_us": ...}."""
-    return {f"{key}_us": round(ceiling.seconds(bytes_moved, flops) * 1e6, 2) for key, ceiling in CEILINGS.items()}
+    return {f"{key}_us": float(f"{ceiling.seconds(bytes_moved, flops) * 1e6:.6g}") for key, ceiling in CEILINGS.items()}

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from vatt.kernels.attention import attention, attention_eager, attention_reference
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.rows.bias_gelu import mask
 
@@ -64,6 +64,7 @@ def _launches(qkv_BN3HD: Tensor, bias: Tensor | None, scale: float | None, dropo
     backward(out, qkv_BN3HD, out, lse, bias, scale, dropout, bias is not None)
 
 
+@divisible("B", "samples")
 def _shape(
     name: str, B: int, N: int, H: int, D: int = 64, bias: Bias = "", samples: int = 0, scale: float | None = None
 ) -> Shape:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.contrastive import Form, Slopes, contrastive, contrastive_eager, contrastive_reference
 
 
@@ -65,6 +65,7 @@ def _launches(video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature:
     gradients(slopes, video_GD, other_RD, valid_GL, temperature)
 
 
+@divisible("clips")
 def _shape(
     name: str,
     clips: int,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible
 from vatt.kernels.counter import Stream
 from vatt.kernels.drop_tokens import drop_tokens, drop_tokens_reference
 
@@ -33,6 +33,7 @@ def _launches(total: int, kept: int, seed: Tensor, step: Tensor, sample_id: Tens
     forward(total, kept, seed, step, sample_id, stream, shared)
 
 
+@divisible("samples")
 def _shape(name: str, total: int, kept: int, samples: int, shared: bool = False) -> Shape:
     """Written: the indices; read: an id for each sample."""
     written = (1 if shared else samples) * kept * 8

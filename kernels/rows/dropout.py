@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.dropout import DropoutMask, dropout, dropout_eager, dropout_reference
 from vatt.kernels.rows.bias_gelu import mask
 
@@ -24,9 +24,10 @@ def _launches(x: Tensor, rate: float, seed: Tensor, step: Tensor, sample_id: Ten
     dropout(dropout(x, DropoutMask(rate, seed, step, sample_id, stream)), DropoutMask(rate, seed, step, sample_id, stream))
 
 
-def _shape(name: str, *shape: int) -> Shape:
-    moved = 2 * 2 * torch.Size(shape).numel()
-    return Shape(name, _make(*shape, samples=shape[0]), forward_bytes=moved, backward_bytes=moved)
+@divisible("batch")
+def _shape(name: str, batch: int, tokens: int, width: int) -> Shape:
+    moved = 2 * 2 * batch * tokens * width
+    return Shape(name, _make(batch, tokens, width, samples=batch), forward_bytes=moved, backward_bytes=moved)
 
 
 ROW = Kernel(

@@ -9,7 +9,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, drawn
+from vatt.kernels.contract import Arguments, Case, Kernel, Make, Shape, divisible, drawn
 from vatt.kernels.drop_tokens import drop_tokens
 from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.patch_project import patch_project, patch_project_eager, patch_project_reference
@@ -92,6 +92,7 @@ def _launches(
     backward(y, signal, index_BK, patch, grid, position_ND is not None, aggregate_D is not None, dropout)
 
 
+@divisible("B", "samples")
 def _shape(name: str, B: int, patch: tuple[int, ...], grid: tuple[int, ...], D: int, kept: int = 0, samples: int = 0) -> Shape:
     """Forward reads the kept patches, weights, positions and indices once and writes every token; backward reads patches,
     indices and the tokens' gradient once and writes the gradients of weights and positions. Pixels are bytes, a waveform's
