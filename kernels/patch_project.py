@@ -13,7 +13,6 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
@@ -267,7 +266,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dweight, dbias, dposition, daggregate); the last two are empty where there is none."""
     dropout = mask_of(rate, seed, step, sample_id, stream)
-    return gpu_module("patch_project").backward(grad, signal, index, patch, grid, has_position, has_aggregate, dropout)
+    return gpu_module("patch_project_backward").backward(grad, signal, index, patch, grid, has_position, has_aggregate, dropout)
 
 
 @_backward.register_fake
@@ -306,18 +305,6 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-@register_flop_formula(torch.ops.vatt.patch_project)
-def _forward_flops(signal, index, weight, bias, position, aggregate, patch, grid, *rest, out_shape=None, **_):  # type: ignore[no-untyped-def]
-    kept = math.prod(grid) if index is None else index[1]
-    return 2 * signal[0] * kept * weight[0] * weight[1]
-
-
-@register_flop_formula(torch.ops.vatt.patch_project_backward)
-def _backward_flops(grad, signal, index, patch, grid, has_position, has_aggregate, *rest, out_shape=None, **_):  # type: ignore[no-untyped-def]
-    features = math.prod(patch) * (signal[2] if len(signal) == 5 else 1)
-    return 2 * grad[0] * (grad[1] - has_aggregate) * grad[2] * features
 
 
 def to_unit_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:

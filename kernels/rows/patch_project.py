@@ -86,7 +86,8 @@ def _launches(
     position_ND: Tensor | None,
     dropout: DropoutMask | None,
 ) -> None:
-    from vatt.kernels.gpu.patch_project import backward, forward
+    from vatt.kernels.gpu.patch_project import forward
+    from vatt.kernels.gpu.patch_project_backward import backward
 
     y = forward(signal, index_BK, weight_DF, bias_D, position_ND, aggregate_D, patch, grid, dropout)
     backward(y, signal, index_BK, patch, grid, position_ND is not None, aggregate_D is not None, dropout)
