@@ -1,100 +1,474 @@
-"""Attention against float64, at most twice as wrong as PyTorch in the same dtype."""
+"""Attention: its definition, every implementation against it, masks, dropout, the choice of the fastest, and what is refused."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import subprocess
+import sys
+import types
+from pathlib import Path
 
 import pytest
 import torch
-import torch.nn.functional as F
+from torch import Tensor
 
-from vatt.kernels.attention import attention, attention_reference
+from vatt.kernels import attention_choice, attention_libraries
+from vatt.kernels.attention import attention, attention_eager, attention_reference
+from vatt.kernels.attention_choice import choices, choose, forget_choices, use_choices
+from vatt.kernels.contract import Arguments, Case, errors, gradients
+from vatt.kernels.dropout import DropoutMask, keep_mask
+from vatt.kernels.gpu.attention_tuning import TABLES, tail, tile_waste
+from vatt.kernels.gpu.launch import Tunings, recording
+from vatt.kernels.gpu.target import TARGETS, on_target
+from vatt.kernels.implementation import KernelError
+from vatt.kernels.rows.attention import ROW
+from vatt.kernels.rows.bias_gelu import mask
 
-IMPLEMENTATIONS = ["auto", "reference", "sdpa", "wide"]
+CPU = torch.device("cpu")
+interpreted = pytest.param("interpreter", marks=pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles here"))
 
 
-def heads(clips: int, tokens: int, spread: float = 1.0, count: int = 3, features: int = 64) -> torch.Tensor:
-    """q, k, v as strided views of one packed projection, as the encoder makes them; float64 values that bf16 holds exactly."""
-    generator = torch.Generator().manual_seed(tokens)
-    packed = torch.randn(clips, tokens, 3 * count * features, generator=generator, dtype=torch.float64) * spread
-    return packed.bfloat16().double().unflatten(-1, (3, count, features)).permute(2, 0, 3, 1, 4)
+def packed(B: int, N: int, H: int, D: int, spread: float = 1.0) -> Tensor:
+    """fp64 values that bf16 holds exactly."""
+    generator = torch.Generator().manual_seed(N)
+    return (torch.randn(B, N, 3, H, D, generator=generator, dtype=torch.float64) * spread).bfloat16().double()
 
 
-def by_definition(q, k, v, bias=None, scale=None):
+def drop(samples: int, rate: float = 0.25) -> DropoutMask:
+    return mask(samples, CPU, rate, 1042)
+
+
+def case(name: str) -> Case:
+    return next(case for case in ROW.cases if case.name == name)
+
+
+# ---- what it is ------------------------------------------------------------------------------------------------------
+
+
+def by_definition(qkv: Tensor, bias: Tensor | None, scale: float | None) -> Tensor:
     """One query at a time, from the formula."""
-    out = torch.empty_like(q)
-    for b, h, i in torch.cartesian_prod(*(torch.arange(n) for n in q.shape[:3])).tolist():
-        score = (k[b, h] * q[b, h, i]).sum(-1) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    B, N, _, H, D = qkv.shape
+    out = qkv.new_empty(B, N, H, D)
+    for b, i, h in torch.cartesian_prod(*(torch.arange(n) for n in (B, N, H))).tolist():
+        q, k, v = qkv[b, i, 0, h], qkv[b, :, 1, h], qkv[b, :, 2, h]
+        score = (k * q).sum(-1) * (D**-0.5 if scale is None else scale)
         if bias is not None:
-            score = score + bias.expand(*q.shape[:3], k.shape[2])[b, h, i]
+            score = score + bias.expand(B, H, N, N)[b, h, i]
         weight = (score - score.max()).exp()
-        out[b, h, i] = (weight[:, None] * v[b, h]).sum(0) / weight.sum()
-    return out
-
-
-def run(function, qkv, dtype, bias=None, scale=None, **options):
-    """(out, dq, dk, dv[, dbias]) for a fixed cotangent, in float64 after the fact."""
-    inputs = [t.to(dtype).requires_grad_() for t in qkv]
-    if bias is not None:
-        bias = bias.to(torch.promote_types(dtype, torch.float32)).requires_grad_()
-        inputs.append(bias)
-    out = function(*inputs[:3], bias, scale, **options)
-    assert out.dtype == dtype
-    generator = torch.Generator().manual_seed(1)
-    cotangent = torch.randn(out.shape, generator=generator, dtype=torch.float64).bfloat16().to(dtype)
-    return [t.detach().double() for t in (out, *torch.autograd.grad(out, inputs, cotangent))]
+        out[b, i, h] = (weight[:, None] * v).sum(0) / weight.sum()
+    return out.flatten(2)
 
 
 @pytest.mark.parametrize("bias", [None, "heads", "padding"])
 @pytest.mark.parametrize("scale", [None, 1.0])
-def test_reference_is_the_definition(bias, scale):
-    q, k, v = heads(2, 7, features=8)
+def test_reference_is_the_definition(bias: str | Tensor | None, scale: float | None) -> None:
+    qkv = packed(2, 7, 3, 8)
     if bias == "heads":
         bias = torch.randn(1, 3, 7, 7, dtype=torch.float64)
     elif bias == "padding":
         bias = torch.where(torch.arange(7) < 4, 0.0, -1e9).double()[None, None, None]
-    torch.testing.assert_close(attention_reference(q, k, v, bias, scale), by_definition(q, k, v, bias, scale))
+    torch.testing.assert_close(attention_reference(qkv, bias, scale), by_definition(qkv, bias, scale))
 
 
-def test_reference_gradients():
-    q, k, v = (t.clone().requires_grad_() for t in heads(1, 5, count=2, features=4))
+@pytest.mark.parametrize("dropout", [None, drop(1)], ids=["plain", "dropout"])
+@pytest.mark.parametrize("implementation", ["native", "reference", "wide"])
+def test_gradients_in_fp64(implementation: str, dropout: DropoutMask | None) -> None:
+    qkv = packed(2, 5, 2, 4).requires_grad_()
     bias = torch.randn(1, 2, 5, 5, dtype=torch.float64, requires_grad=True)
-    assert torch.autograd.gradcheck(attention_reference, (q, k, v, bias))
+
+    def attend(qkv: Tensor, bias: Tensor) -> Tensor:
+        return attention(qkv, bias, None, dropout, implementation)
+
+    assert torch.autograd.gradcheck(attend, (qkv, bias))
 
 
-@pytest.mark.parametrize("spread", [1.0, 3.0], ids=["even", "peaked"])
-@pytest.mark.parametrize("tokens", [1, 17, 63, 129, 301])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-def test_error_budget(implementation, dtype, tokens, spread):
-    qkv = heads(2, tokens, spread)
-    truth = run(attention_reference, qkv, torch.float64)
-    ours = run(attention, qkv, dtype, implementation=implementation)
-    torch_sdpa = run(lambda q, k, v, bias, scale: F.scaled_dot_product_attention(q, k, v, bias, 0.0, False), qkv, dtype)
-    for name, exact, mine, theirs in zip(("out", "dq", "dk", "dv"), truth, ours, torch_sdpa, strict=True):
-        floor = torch.finfo(dtype).eps * exact.norm()  # one token: dq and dk are 0, and PyTorch may hit it exactly
-        scale = torch.finfo(dtype).eps * truth[0].norm() if tokens == 1 else 0.0
-        assert (mine - exact).norm() <= max(2 * (theirs - exact).norm(), floor, scale), name
+@pytest.mark.parametrize("name", ["tail_of_two", "text", "dropout_captions"])
+@pytest.mark.parametrize("implementation", ["auto", "wide"])
+def test_other_names_within_budget(implementation: str, name: str, dtype: torch.dtype) -> None:
+    """The names that the table of cases does not run."""
+    wrong = [error for error in errors(ROW, case(name), dtype, CPU, implementation) if not error.within]
+    assert not wrong
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def test_bias_of_the_text_tower(implementation, dtype):
-    """Unscaled scores, relative bias with a gradient, padding at -1e9: what T5 asks of attention."""
-    qkv = heads(4, 17, spread=0.3)
-    generator = torch.Generator().manual_seed(2)
-    relative = torch.randn(1, 3, 17, 17, generator=generator, dtype=torch.float64).bfloat16().double()
-    padding = torch.where(torch.arange(17)[None] < torch.tensor([[17], [9], [2], [1]]), 0.0, -1e9).double()[:, None, None]
-    truth = run(attention_reference, qkv, torch.float64, relative + padding, 1.0)
-    ours = run(attention, qkv, dtype, relative + padding, 1.0, implementation=implementation)
-    for name, exact, mine in zip(("out", "dq", "dk", "dv", "dbias"), truth, ours, strict=True):
-        assert (mine - exact).norm() <= 2 * torch.finfo(dtype).eps * exact.norm(), name
-    masked_keys = ours[2][3, :, 1:]
-    assert masked_keys.abs().max() == 0, "a padded key has no gradient"
+@pytest.mark.parametrize("implementation", ["native", "reference", interpreted])
+def test_a_view_of_a_wider_projection_is_taken(implementation: str) -> None:
+    wide = packed(2, 33, 2, 32).float().flatten(2)
+    view = torch.cat((wide, wide), -1)[..., : wide.shape[-1]].unflatten(-1, (3, 2, 32))
+    assert not view.is_contiguous()
+    assert torch.equal(
+        attention(view, implementation=implementation), attention(view.contiguous(), implementation=implementation)
+    )
 
 
-def test_layout_of_the_inputs_does_not_matter():
-    q, k, v = heads(2, 33).to(torch.bfloat16)
-    assert not q.is_contiguous()
-    assert torch.equal(attention(q, k, v), attention(q.contiguous(), k.contiguous(), v.contiguous()))
+# ---- bias ------------------------------------------------------------------------------------------------------------
 
 
-def test_unknown_implementation():
-    with pytest.raises(ValueError, match="'fast' is not one of auto, reference, sdpa, wide"):
-        attention(*heads(1, 3), implementation="fast")  # type: ignore[arg-type]
+@pytest.mark.parametrize("implementation", ["native", "reference", interpreted])
+def test_a_hidden_key_has_no_gradient(implementation: str) -> None:
+    qkv = packed(4, 17, 2, 32, 0.3).float()
+    seen = torch.arange(17)[None] < torch.tensor([[17], [9], [2], [1]])
+    bias = torch.where(seen, 0.0, -1e9)[:, None, None]
+    grads = gradients(attention, {"qkv_BN3HD": qkv, "bias": bias, "scale": 1.0}, ["qkv_BN3HD"], implementation=implementation)
+    hidden = grads["dqkv_BN3HD"][:, :, 1:][~seen]
+    assert hidden.numel() and hidden.abs().max() == 0
+
+
+@pytest.mark.parametrize("value", [-1e9, float("-inf")])
+@pytest.mark.parametrize("implementation", [interpreted])
+def test_hidden_keys_leave_no_nan(implementation: str, value: float) -> None:
+    """Whole tiles hidden before the first key that is seen; and a row that sees nothing attends to everything."""
+    qkv = packed(2, 140, 1, 32).float()
+    bias = torch.full((2, 1, 1, 140), value)
+    bias[0, ..., 133:] = 0.0
+    arguments: Arguments = {"qkv_BN3HD": qkv, "bias": bias}
+    found = gradients(attention, arguments, ["qkv_BN3HD"], implementation=implementation)
+    assert all(torch.isfinite(tensor).all() for tensor in found.values())
+    seen = attention_reference(qkv[:1].double(), bias[:1].double())
+    torch.testing.assert_close(found["out"][:1].double(), seen, rtol=1e-5, atol=1e-6)
+    everything = attention_reference(qkv[1:].double())
+    # Scores of -3e4 have 8 bits behind the point.
+    torch.testing.assert_close(found["out"][1:].double(), everything, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("shape", [(5,), (5, 5), (1, 5), (2, 5, 5), (1, 1, 1, 5), (3, 1, 5, 1), (3, 2, 5, 5)])
+@pytest.mark.parametrize("implementation", [interpreted])
+def test_every_way_to_broadcast_a_bias(implementation: str, shape: tuple[int, ...]) -> None:
+    bias = torch.randn(shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64).bfloat16()
+    arguments: Arguments = {"qkv_BN3HD": packed(3, 5, 2, 32), "bias": bias}
+    truth = gradients(attention_reference, arguments | {"bias": bias.double()}, ["qkv_BN3HD", "bias"])
+    arguments["qkv_BN3HD"] = arguments["qkv_BN3HD"].float()
+    ours = gradients(attention, arguments, ["qkv_BN3HD", "bias"], implementation=implementation)
+    assert ours["dbias"].shape == shape and ours["dbias"].dtype == torch.bfloat16
+    for name, exact in truth.items():
+        eps = torch.finfo(ours[name].dtype).eps
+        # A bias that is the same for all keys changes nothing: its true gradient is 0.
+        assert (ours[name].double() - exact).abs().max() <= 16 * eps * max(1.0, exact.abs().max()), name
+
+
+# ---- dropout ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("rows", "tokens"), [(1, 67), (3, 18), (1, 32)])
+@pytest.mark.parametrize("implementation", ["native", "reference", interpreted])
+def test_dropout_is_the_drawn_mask(implementation: str, rows: int, tokens: int) -> None:
+    """With values that are the unit vectors, the output is the weights."""
+    dropout = drop(2)
+    qkv = packed(2 * rows, tokens, 2, 128, 0.2).float()
+    qkv[:, :, 2] = torch.eye(tokens, 128)[None, :, None]
+    shown = attention(qkv, None, None, dropout, implementation).unflatten(-1, (2, 128))[..., :tokens].transpose(1, 2)
+    keep = keep_mask(torch.Size((2 * rows, 2, tokens, tokens)), *dropout)
+    assert torch.equal(shown != 0, keep)
+    weights = attention(qkv).unflatten(-1, (2, 128))[..., :tokens].transpose(1, 2)
+    torch.testing.assert_close(shown, weights * keep / (1 - dropout.rate), rtol=1e-5, atol=1e-7)
+
+
+def test_rate_zero_is_no_dropout() -> None:
+    qkv = packed(2, 9, 2, 32).float()
+    assert torch.equal(attention(qkv, dropout=drop(2, 0.0)), attention(qkv))
+    assert torch.equal(attention_eager(qkv), attention(qkv, implementation="sdpa"))
+
+
+# ---- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def test_the_last_tile_is_as_narrow_as_what_is_left() -> None:
+    assert [tail(n, 64) for n in (64, 128, 65, 80, 81, 96, 97, 127, 1)] == [0, 0, 16, 16, 32, 32, 64, 64, 16]
+    assert tile_waste(768, 64, 64) == 1.0
+    assert tile_waste(785, 64, 64) == 832 * 800 / 785**2
+    assert tile_waste(785, 128, 128) == 896 * 800 / 785**2
+
+
+@pytest.mark.parametrize("tokens", [785, 601])
+@pytest.mark.parametrize("target", TARGETS)
+def test_little_is_computed_for_padding(target: str, tokens: int) -> None:
+    """What ships for heads of 64, forward and both halves of backward."""
+    for kernel in ("forward", "backward_q", "backward_kv"):
+        blocks = TABLES[kernel, "64", target].pick(TARGETS[target]).blocks
+        own, walk = (("BLOCK_M", "BLOCK_N"), ("BLOCK_N", "BLOCK_M"))[kernel == "backward_kv"]
+        assert tile_waste(tokens, blocks[own], blocks[walk]) <= 1.15, kernel
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("table", TABLES.values(), ids=lambda table: table.kernel)
+def test_every_tuning_offered_gives_the_same(table: Tunings) -> None:
+    """Each in the interpreter, on a length that fills no tile."""
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU in this process")
+    target = TARGETS[next(iter(table.default))]
+    kind = table.kernel.split("_sm")[0].rsplit("_", 1)[-1]
+    dropout = drop(1) if kind == "dropout" else None
+    width = {"32": 32, "128": 128}.get(kind, 64)
+    qkv = packed(1, 18 if kind == "short" else 149 - 50 * (dropout is not None), 1, width).to(
+        torch.float32 if kind == "fp32" else torch.float16
+    )
+    truth = gradients(attention_reference, {"qkv_BN3HD": qkv.double(), "dropout": dropout}, ["qkv_BN3HD"])
+    for name in table.candidates:
+        with table.forced(name), recording(target) as launches:
+            ROW.launches(qkv, None, None, dropout)
+        assert any(launch.tuning is table.candidates[name] for launch in launches), name
+        with on_target(target), table.forced(name):
+            found = gradients(attention, {"qkv_BN3HD": qkv, "dropout": dropout}, ["qkv_BN3HD"], implementation="interpreter")
+        for output, exact in truth.items():
+            eps = torch.finfo(qkv.dtype).eps
+            assert (found[output].double() - exact).abs().max() <= 8 * eps * exact.abs().max(), (name, output)
+
+
+MASKS = """
+import json, re, sys
+import torch, triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+from vatt.kernels.gpu.launch import recording
+from vatt.kernels.gpu.target import TARGETS
+from vatt.kernels.rows.attention import ROW
+
+def loops(text):
+    lines = text.splitlines()
+    for start, line in enumerate(lines):
+        if " scf.for " in line:
+            indent = len(line) - len(line.lstrip())
+            end = next(i for i in range(start + 1, len(lines)) if lines[i].startswith(" " * indent + "}"))
+            yield lines[start + 1 : end]
+
+found = []
+for target in map(TARGETS.get, sys.argv[1:]):
+    for shape in ROW.shapes:
+        if shape.name != "video large, 50 % drop":
+            continue
+        with recording(target) as launches:
+            ROW.launches(**shape.make(torch.bfloat16, torch.device("meta")))
+        for launch in launches:
+            types, constants, aligned = launch.specialisation()
+            names = list(launch.kernel.arg_names)
+            source = ASTSource(
+                fn=launch.kernel,
+                signature={name: types[name] for name in names},
+                constexprs={(names.index(name),): value for name, value in constants.items()},
+                attrs={(names.index(name),): [["tt.divisibility", 16]] for name in aligned},
+            )
+            options = {"num_warps": launch.tuning.warps, "num_stages": launch.tuning.stages}
+            binary = triton.compile(source, target=GPUTarget("cuda", target.capability, 32), options=options)
+            ((body),) = loops(binary.asm["ttir"])
+            found.append({
+                "launch": f"{launch.kernel.__name__} {target.name} {shape.name}",
+                "dots": sum("tt.dot " in line for line in body),
+                "selects": sum("arith.select" in line for line in body),
+                # tt.load %pointer : type, against tt.load %pointer, %mask, %other : type
+                "masked": sum(bool(re.search(r"tt.load %[^ ]+,", line)) for line in body),
+                "outside": sum("arith.select" in line for line in binary.asm["ttir"].splitlines()),
+            })
+print(json.dumps(found))
+"""
+
+
+@pytest.mark.slow
+def test_no_mask_inside_the_walks() -> None:
+    """As Triton compiles them: the loops have the products and neither a select nor a masked load."""
+    pytest.importorskip("triton")
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(
+        [sys.executable, "-c", MASKS, *TARGETS], capture_output=True, text=True, env=environment, cwd=Path(__file__).parent
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    found = json.loads(done.stdout.splitlines()[-1])
+    assert len(found) == len(TARGETS) * 3
+    for row in found:
+        products = {"_forward": 2, "_backward_q": 3, "_backward_kv": 4}[row["launch"].split()[0]]
+        assert (row["dots"], row["selects"], row["masked"]) == (products, 0, 0), row
+    assert any(row["outside"] for row in found), "the last tile has a select: the count would see one"
+
+
+# ---- the dispatcher --------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("bias", [False, True], ids=["plain", "bias"])
+@pytest.mark.parametrize("dropped", [False, True], ids=["kept", "dropout"])
+def test_the_dispatchers_own_checks(bias: bool, dropped: bool) -> None:
+    if torch.cuda.is_available():
+        pytest.skip("Triton compiles for the GPU in this process")
+    mask = drop(1) if dropped else (0.0, None, None, None, 0)
+    b = torch.randn(1, 2, 7, 7, requires_grad=True) if bias else None
+    torch.library.opcheck(torch.ops.vatt.attention, (packed(1, 7, 2, 32).float().requires_grad_(), b, 0.2, *mask, "triton"))
+
+
+def test_nothing_waits_for_triton() -> None:
+    code = "import sys, vatt.kernels.attention; sys.exit('triton' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+# ---- which one -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def timed(monkeypatch: pytest.MonkeyPatch):
+    """Milliseconds by name instead of measurements; the names measured, in order."""
+    forget_choices()
+    times: dict[str, float | Exception] = {}
+    asked: list[str] = []
+
+    def measure(name: str, *rest) -> float:
+        asked.append(name)
+        if isinstance(times[name], Exception):
+            raise times[name]
+        return times[name]
+
+    monkeypatch.setattr(attention_choice, "measure", measure)
+    yield times, asked
+    forget_choices()
+
+
+def pick(qkv: Tensor, names: tuple[str, ...] = ("triton", "sdpa", "cudnn"), bias: Tensor | None = None, dropout=None) -> str:
+    return choose(names, ["flash2"], lambda *_: qkv, qkv, bias, 1.0, dropout)
+
+
+def test_the_fastest_is_measured_once_remembered_and_said(timed, caplog: pytest.LogCaptureFixture) -> None:
+    times, asked = timed
+    times.update(triton=0.7, sdpa=0.9, cudnn=0.5)
+    qkv = packed(2, 5, 2, 32)
+    with caplog.at_level(logging.INFO, "vatt"):
+        assert [pick(qkv), pick(qkv)] == ["cudnn", "cudnn"]
+    assert asked == ["triton", "sdpa", "cudnn"]
+    (line,) = [record.message for record in caplog.records]
+    assert line.startswith("attention: auto: cudnn for 2 x 5 tokens, 2 heads of 32, float64, cpu (cudnn 0.500 ms, triton 0.700")
+    assert line.endswith("not for these: flash2)")
+
+
+def test_every_kind_of_call_is_its_own(timed) -> None:
+    times, asked = timed
+    times.update(triton=1.0, sdpa=2.0)
+    qkv, names = packed(2, 5, 2, 32), ("triton", "sdpa")
+    kinds = [
+        {"qkv": qkv},
+        {"qkv": qkv.clone().requires_grad_()},
+        {"qkv": qkv.float()},
+        {"qkv": packed(2, 6, 2, 32)},
+        {"qkv": qkv, "dropout": drop(2)},
+        {"qkv": qkv, "bias": torch.zeros(1, 2, 5, 5)},
+        {"qkv": qkv, "bias": torch.zeros(1, 2, 5, 5, requires_grad=True)},
+    ]
+    for kind in kinds:
+        pick(names=names, **kind)
+    assert len(choices()) == len(kinds) and len(asked) == 2 * len(kinds)
+    with torch.no_grad():
+        pick(kinds[1]["qkv"], names)
+    assert len(choices()) == len(kinds), "without gradients it is the first kind again"
+
+
+def test_choices_travel(timed) -> None:
+    times, asked = timed
+    times.update(triton=1.0, sdpa=2.0, cudnn=3.0)
+    qkv = packed(2, 5, 2, 32)
+    pick(qkv)
+    made = json.loads(json.dumps(choices()))
+    forget_choices()
+    use_choices({kind: "sdpa" for kind in made})
+    asked.clear()
+    assert pick(qkv) == "sdpa" and not asked
+    assert pick(qkv, ("triton", "cudnn")) == "triton" and asked, "one that cannot run here is measured anew"
+
+
+def test_one_that_fails_is_passed_over(timed, caplog: pytest.LogCaptureFixture) -> None:
+    times, _ = timed
+    times.update(triton=RuntimeError("no image\nfor this device"), sdpa=2.0, cudnn=TypeError())
+    with caplog.at_level(logging.INFO, "vatt"):
+        assert pick(packed(1, 5, 2, 32)) == "sdpa"
+    assert "attention: auto: triton failed: no image" in caplog.messages
+    times["sdpa"] = RuntimeError("nor this")
+    with pytest.raises(RuntimeError, match="none of triton, sdpa, cudnn ran for 1 x 6 tokens"):
+        pick(packed(1, 6, 2, 32))
+
+
+def test_nothing_is_measured_while_a_graph_is_captured(timed, monkeypatch, caplog: pytest.LogCaptureFixture) -> None:
+    times, asked = timed
+    times.update(triton=3.0, sdpa=2.0, cudnn=1.0)
+    qkv = packed(1, 5, 2, 32)
+    monkeypatch.setattr(attention_choice, "_must_not_measure", lambda: True)
+    with caplog.at_level(logging.WARNING, "vatt"):
+        assert [pick(qkv), pick(qkv)] == ["triton", "triton"]
+    assert not asked and not choices() and len(caplog.records) == 1
+    monkeypatch.undo()
+    use_choices({attention_choice.kind_of(qkv, None, None): "sdpa"})
+    monkeypatch.setattr(attention_choice, "_must_not_measure", lambda: True)
+    assert pick(qkv) == "sdpa"
+
+
+def test_determinism_asked_for_is_given(timed) -> None:
+    times, asked = timed
+    torch.use_deterministic_algorithms(True)
+    try:
+        assert pick(packed(1, 5, 2, 32)) == "triton" and not asked
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+# ---- what is refused -------------------------------------------------------------------------------------------------
+
+X = packed(2, 5, 2, 32).float()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"qkv_BN3HD": X.flatten(2)}, r"attention: qkv: has shape \(2, 5, 192\); unflatten it to \(B, N, 3, H, D\)"),
+        ({"qkv_BN3HD": X.transpose(1, 2)}, r"attention: qkv: has shape \(2, 3, 5, 2, 32\)"),
+        ({"qkv_BN3HD": X.long()}, "attention: qkv: is torch.int64; it must be floating point"),
+        ({"qkv_BN3HD": X[:, :0]}, "nothing to attend to"),
+        ({"bias": torch.zeros(1, 2, 5, 4)}, r"attention: bias: has shape \(1, 2, 5, 4\); it must broadcast to \(2, 2, 5, 5\)"),
+        ({"bias": torch.zeros(1, 1, 1, 1, 5)}, "attention: bias: has shape"),
+        ({"bias": torch.ones(5, dtype=torch.bool)}, "attention: bias: is torch.bool; make it floating point, -1e9"),
+        ({"bias": torch.zeros(5, device="meta")}, "attention: bias: is on meta, the rest on cpu"),
+        ({"scale": 0.0}, "attention: scale: 0.0 is not a positive number"),
+        ({"scale": float("nan")}, "attention: scale: nan is not a positive number"),
+        ({"dropout": drop(2, 1.0)}, r"attention: rate: 1.0 is not in \[0, 1\)"),
+        ({"dropout": drop(3)}, "attention: sample_id: 2 rows are not a multiple of 3 samples"),
+        ({"implementation": "fast"}, "attention: implementation: 'fast' is not one of auto, native, triton, interpreter"),
+        ({"implementation": "triton"}, "'triton' takes CUDA tensors, qkv is on cpu; use 'native'"),
+        ({"implementation": "cudnn"}, "'cudnn' takes CUDA tensors, qkv is on cpu; use 'native'"),
+        (
+            {"implementation": "sdpa", "dropout": drop(2)},
+            "'sdpa' draws dropout that no counter can replay; use 'native', 'wide'",
+        ),
+        ({"implementation": "interpreter", "qkv_BN3HD": X.bfloat16()}, "takes fp32 or fp16, bf16 is wrong in it"),
+        ({"implementation": "interpreter", "qkv_BN3HD": X.double()}, "torch.float64 has no GPU kernel; use fp32, fp16 or bf16"),
+        ({"implementation": "interpreter", "qkv_BN3HD": X[..., :16]}, "head_dim 16 is not one of 32, 64, 128; use 'sdpa'"),
+    ],
+)
+def test_errors_name_argument_and_remedy(arguments: Arguments, message: str) -> None:
+    with pytest.raises(KernelError, match=message):
+        attention(**({"qkv_BN3HD": X} | arguments))
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"), [("flash2", "pip install flash-attn"), ("flash3", "flash_attn_3 wheel"), ("flash4", "flash-attn-4")]
+)
+def test_a_library_that_is_not_there_names_its_install(name: str, remedy: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, attention_libraries.LIBRARIES[name].module, None)
+    here = types.SimpleNamespace(device=torch.device("cuda"), dtype=torch.bfloat16)
+    refusal = attention_libraries.refusal(name, here, None, None)  # type: ignore[arg-type]
+    assert refusal and refusal.startswith(f"{name!r} cannot be imported (") and remedy in refusal
+    refused = attention_libraries.refusal(name, here, torch.zeros(5), None)  # type: ignore[arg-type]
+    assert refused == f"{name!r} takes no bias; use 'native', 'sdpa' or 'cudnn'"
+    here.dtype = torch.float32
+    refused = attention_libraries.refusal(name, here, None, None)  # type: ignore[arg-type]
+    assert refused == f"{name!r} takes fp16 or bf16, qkv is torch.float32; cast it, or use 'native'"
+
+
+@pytest.mark.parametrize("name", ["flash2", "flash3", "flash4"])
+@pytest.mark.parametrize("extra", [False, True], ids=["tensor", "tuple"])
+def test_libraries_are_called_as_they_want(name: str, extra: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A stand-in with the library's signature, shapes and result: (B, N, H, D), in some versions with the log-sum-exp."""
+
+    def flash_attn_func(q: Tensor, k: Tensor, v: Tensor, *, softmax_scale: float) -> Tensor | tuple[Tensor, None]:
+        out = attention_reference(torch.stack((q, k, v), 2), None, softmax_scale).unflatten(-1, q.shape[2:])
+        return (out, None) if extra else out
+
+    module = types.ModuleType("stand_in")
+    module.flash_attn_func = flash_attn_func  # type: ignore[attr-defined]
+    module.flash_attn_qkvpacked_func = lambda qkv, **options: flash_attn_func(*qkv.unbind(2), **options)  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, attention_libraries.LIBRARIES[name].module, module)
+    if "flash_attn" not in sys.modules:
+        monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    torch.testing.assert_close(attention_libraries.LIBRARIES[name].run(X, None, 0.3), attention_reference(X, None, 0.3))
