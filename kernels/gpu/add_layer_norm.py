@@ -48,7 +48,8 @@ def _backward_tunings(width: int, warps: int, *choices: tuple[int, int]) -> Tuni
     return Tunings(f"add_layer_norm_backward_{width}", candidates, default)
 
 
-# By the widest row each is for.
+# By the widest row each is for. In backward no more programs than are resident at once, with the registers of either Triton:
+# one that had to wait for another to end would walk over its rows alone.
 FORWARD = {
     width: _forward_tunings(width, warps, *rows)
     for width, warps, *rows in (
@@ -68,8 +69,8 @@ BACKWARD = {
         (16, 1, (16, 8)),
         (128, 1, (8, 8)),
         (256, 1, (8, 8)),
-        (512, 2, (4, 8), (2, 12), (8, 6)),
-        (1024, 4, (2, 6), (4, 3), (1, 8)),
+        (512, 2, (2, 8), (4, 6), (8, 4)),
+        (1024, 4, (2, 4), (2, 5), (4, 3), (1, 6)),
         (2048, 8, (2, 2), (1, 3)),
         (4096, 16, (1, 1)),
         (8192, 16, (1, 1)),

@@ -63,7 +63,7 @@ def upper_tail(b_a):
 @triton.jit
 def _gelu(b_z, FITTED: tl.constexpr):
     if FITTED:
-        # z Phi(z) = max(z, 0) - |z| Phi(-|z|), without cancellation on either side. max turns a NaN into 0, the product does not.
+        # z Phi(z) = max(z, 0) - |z| Phi(-|z|), without cancellation on either side. A NaN stays one: in the product.
         b_a = tl.abs(b_z)
         return tl.maximum(b_z, 0.0) - b_a * upper_tail(b_a)
     return 0.5 * b_z * (1.0 + tl.erf(b_z * 0.7071067811865476))
