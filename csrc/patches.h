@@ -31,9 +31,11 @@ struct Run {
   std::int64_t offset, exist;
 };
 
-VATT_BOTH inline Run run_of(const Patches& p, std::int64_t sample, std::int64_t index, std::int64_t run) {
-  const std::int64_t y = run % p.patch_h, c = run / p.patch_h % p.channels, f = run / p.patch_h / p.channels;
-  const std::int64_t at_w = index % p.grid_w, at_h = index / p.grid_w % p.grid_h, at_t = index / p.grid_w / p.grid_h;
+// The numbers of a patch and of its runs fit 32 bits, in which a GPU divides much faster.
+VATT_BOTH inline Run run_of(const Patches& p, std::int64_t sample, std::uint32_t index, std::uint32_t run) {
+  const std::uint32_t patch_h = p.patch_h, channels = p.channels, grid_w = p.grid_w, grid_h = p.grid_h;
+  const std::uint32_t y = run % patch_h, c = run / patch_h % channels, f = run / patch_h / channels;
+  const std::uint32_t at_w = index % grid_w, at_h = index / grid_w % grid_h, at_t = index / grid_w / grid_h;
   const std::int64_t frame = at_t * p.patch_t + f, row = at_h * p.patch_h + y, column = at_w * p.patch_w;
   std::int64_t exist = frame < p.frames && row < p.rows ? p.columns - column : 0;
   exist = exist < 0 ? 0 : exist > p.patch_w ? p.patch_w : exist;
