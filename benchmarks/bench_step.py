@@ -5,6 +5,7 @@
     python benchmarks/bench_step.py profile --size lbs --batch 64 --out …          # kernels, launches, idle gaps
     python benchmarks/bench_step.py batches --size lbs --batches 4,8,16,32,64 --out …
     python benchmarks/bench_step.py rates --size lbs --batch 32 --rates 0,25,50,75 --out …
+    python benchmarks/bench_step.py settings --set model.last_block=all --label all --out …   # with and without a setting
 
 Both sides of a comparison have the same shapes, the same dropout (0) and synthetic clips; ours runs model, loss, plain
 backend and Adam. The baseline is the fastest of what this device runs well (precisions, SDPA backends, compiled with
@@ -51,6 +52,21 @@ def against(a: argparse.Namespace, device: str) -> dict[str, Any]:
     result: dict[str, Any] = {"baseline": form}
     for part, by_side in times.items():
         ratios = [b / o for b, o in zip(by_side["baseline"], by_side["ours"], strict=True)]
+        result[part] = {f"{side}_s": spread(values) for side, values in by_side.items()} | {"ratio": spread(ratios)}
+    return result
+
+
+def settings(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """Interleaved pairs of ours with the settings of --set and as shipped; the ratio is with / as shipped."""
+    chosen, flops = {"with": a.overrides, "shipped": []}, {}
+    sides = {}
+    for name, overrides in chosen.items():
+        sides[name], flops[name] = ours(recipe(a.size, a.precision, a.batch, overrides), device)
+        sides[name]()
+    times = interleaved(sides, a.pairs, device, say)
+    result: dict[str, Any] = {"flops_ratio": round(flops["with"] / flops["shipped"], 4)}
+    for part, by_side in times.items():
+        ratios = [w / s for w, s in zip(by_side["with"], by_side["shipped"], strict=True)]
         result[part] = {f"{side}_s": spread(values) for side, values in by_side.items()} | {"ratio": spread(ratios)}
     return result
 
@@ -159,6 +175,7 @@ MODES: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "against": against,
     "batches": batches,
     "rates": rates,
+    "settings": settings,
     "memory": memory,
     "profile": profile,
 }

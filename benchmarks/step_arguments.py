@@ -9,6 +9,7 @@ MODES = {
     "against": "interleaved pairs with the plain PyTorch baseline",
     "batches": "step time and MFU at each local batch",
     "rates": "step time at each drop rate",
+    "settings": "interleaved pairs of ours with the settings of --set and without",
     "memory": "one step and its peak memory",
     "profile": "kernels, launches, idle gaps of one step",
 }
