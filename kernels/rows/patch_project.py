@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal
 
 import torch
@@ -111,6 +112,50 @@ def _shape(name: str, B: int, patch: tuple[int, ...], grid: tuple[int, ...], D: 
         forward_flops=2 * B * K * features * D,
         backward_flops=2 * B * K * features * D,
     )
+
+
+@dataclass(frozen=True)
+class Traffic:
+    """Bytes of one forward pass over uint8 frames in bf16.
+
+    least: kept pixels, weights, positions of kept patches and indices read once, tokens written once. l2: what all programs
+    ask for together, re-reads by column and row tiles counted; beyond the first they are served by the L2 cache, since the
+    programs of the same rows are neighbours and the weights fit. sectors: as `least`, in the 32-byte pieces that memory
+    hands out: the 16-byte row of a kept patch brings its neighbour's along.
+    """
+
+    least: int
+    l2: int
+    sectors: int
+
+
+def traffic(
+    index_BK: Tensor, patch: tuple[int, int, int], grid: tuple[int, int, int], D: int, block_M: int, block_D: int
+) -> Traffic:
+    """Of frames that the grid covers, kept at `index_BK` (distinct in a sample, on a CPU), in tiles of block_M x block_D."""
+    B, K = index_BK.shape
+    features = 3 * math.prod(patch)
+    weights, bias_aggregate, tokens = 2 * D * features, 4 * D, 2 * B * (K + 1) * D
+    position, indices, pixels = 2 * D, 8 * B * K, B * K * features
+    others = weights + bias_aggregate + index_BK.unique().numel() * position + indices + tokens
+    tiles_M, tiles_D = -(-B * K // block_M), -(-D // block_D)
+    padded_M, padded_D = tiles_M * block_M, tiles_D * block_D
+    l2 = tiles_D * padded_M * (features + 8) + tiles_M * padded_D * features * 2
+    with_aggregate = sum(-(-first // K) * K < first + block_M for first in range(0, padded_M, block_M))
+    l2 += (tiles_M + with_aggregate) * 2 * D + padded_M * position + tokens
+    sectors = sum(_sectors(index, patch, grid) for index in index_BK) * 32
+    return Traffic(pixels + others, l2, sectors + others)
+
+
+def _sectors(index_K: Tensor, patch: tuple[int, int, int], grid: tuple[int, int, int]) -> int:
+    """32-byte sectors of one sample's frames that hold a byte of a kept patch."""
+    (pt, ph, pw), (_, h, w) = patch, grid
+    frame, channel, row = torch.meshgrid(torch.arange(pt), torch.arange(3), torch.arange(ph), indexing="ij")
+    runs = ((frame * 3 + channel) * h * ph + row) * w * pw
+    starts = ((index_K // (h * w) * pt * 3 * h + index_K // w % h) * ph * w + index_K % w) * pw
+    first = (starts[:, None] + runs.flatten()).flatten()
+    touched = [(first + offset) // 32 for offset in (*range(0, pw, 32), pw - 1)]
+    return int(torch.cat(touched).unique().numel())
 
 
 TUBELET, VIDEO, AUDIO = (4, 16, 16), (8, 14, 14), (1200,)

@@ -3,12 +3,18 @@
 from __future__ import annotations
 
 import itertools
+import math
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
+from vatt.kernels.contract import gradients, row
+from vatt.kernels.drop_tokens import drop_tokens
+from vatt.kernels.implementation import KernelError
 from vatt.kernels.patch_project import (
     patch_project,
     patch_project_reference,
@@ -17,6 +23,7 @@ from vatt.kernels.patch_project import (
     to_unit_range,
 )
 from vatt.kernels.rows.bias_gelu import mask
+from vatt.kernels.rows.patch_project import TUBELET, VIDEO, _make, traffic
 
 D = 6
 VIDEO_PATCHES = list(itertools.product((4, 5, 8), (16, 32)))
@@ -174,3 +181,208 @@ def test_projection_follows_the_weights_dtype(implementation: str) -> None:
     weight, bias = torch.rand(D, 8).bfloat16(), torch.rand(D).bfloat16()
     tokens = patch_project(torch.rand(1, 16), weight, bias, None, (8,), (2,), implementation=implementation)
     assert tokens.dtype == torch.bfloat16
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU in this process")
+CPU = torch.device("cpu")
+
+
+def case(name: str, dtype: torch.dtype = torch.float32) -> dict[str, Any]:
+    return next(c for c in row("patch_project").cases if c.name == name).make(dtype, CPU)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("name", ["dropout_every_patch", "no_position", "wave", "no_aggregate"])
+def test_opcheck(name: str) -> None:
+    given = case(name)
+    for key in ("weight_DF", "bias_D", "aggregate_D", "position_ND"):
+        if given[key] is not None:
+            given[key].requires_grad_()
+    drawn = given["dropout"] or (0.0, None, None, None, 0)
+    order = ("signal", "index_BK", "weight_DF", "bias_D", "position_ND", "aggregate_D", "patch", "grid")
+    torch.library.opcheck(torch.ops.vatt.patch_project, (*(given[key] for key in order), *drawn))
+
+
+@INTERPRETED
+def test_only_kept_patches_are_read() -> None:
+    """Everything else is NaN, and no token is."""
+    given = case("float_frames")
+    grid, index = given["grid"], given["index_BK"]
+    (pt, ph, pw), h, w = given["patch"], grid[1], grid[2]
+    frames = torch.full_like(given["signal"], float("nan"))
+    for b, places in enumerate(index.tolist()):
+        for place in places:
+            t, y, x = place // (h * w) * pt, place // w % h * ph, place % w * pw
+            part = (b, slice(t, t + pt), slice(None), slice(y, y + ph), slice(x, x + pw))
+            frames[part] = given["signal"][part]
+    whole = patch_project(**given, implementation="interpreter")
+    assert patch_project(**given | {"signal": frames}, implementation="interpreter").equal(whole)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("modality", ["bytes", "floats", "wave"])
+def test_a_grid_beyond_the_signal_pads_with_the_middle(modality: str) -> None:
+    if modality == "wave":
+        patch, grid, signal = (10,), (4,), torch.rand(2, 37)
+    else:
+        patch, grid, signal = (2, 8, 8), (3, 3, 3), frames((2, 5, 3, 19, 23))
+        signal = signal if modality == "bytes" else signal.float() / 127.5 - 1
+    weight, bias = torch.randn(D, math.prod(patch) * (1 if modality == "wave" else 3)), torch.randn(D)
+    for index in (None, torch.tensor([[3, 0], [2, 1]])):
+        of = lambda how, i=index: patch_project(signal, weight, bias, None, patch, grid, i, implementation=how)  # noqa: E731
+        torch.testing.assert_close(of("interpreter"), of("reference"), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(of("native"), of("reference"), rtol=1e-4, atol=1e-4)
+
+
+@INTERPRETED
+def test_a_shared_index_repeats_itself_without_a_copy() -> None:
+    given = case("kept")
+    shared = given["index_BK"][:1].expand(3, -1)
+    assert shared.stride(0) == 0
+    ours, plain = (
+        gradients(row("patch_project").op, given | {"index_BK": i}, ["position_ND"], implementation="interpreter")
+        for i in (shared, shared.contiguous())
+    )
+    for name, tensor in ours.items():
+        assert tensor.equal(plain[name]), name
+
+
+@INTERPRETED
+def test_what_cannot_be_checked_without_waiting_shows_as_nan() -> None:
+    """On a GPU an index outside the grid, and one that repeats itself, must neither stop the host nor go unseen."""
+    from vatt.kernels.gpu.patch_project import forward
+    from vatt.kernels.gpu.patch_project_backward import backward
+
+    given = case("no_position")
+    patch, grid = given["patch"], given["grid"]
+    index = torch.tensor([[0, 8, 3, -1, 2], [1, 7, 1, 5, 2]])
+    y = forward(given["signal"], index, given["weight_DF"], given["bias_D"], None, None, patch, grid, None)
+    assert y.isnan().all(-1).tolist() == [[False, True, False, True, False], [False] * 5]
+    grad = torch.ones_like(y)
+    _, dbias, dposition, _ = backward(grad, given["signal"], index, patch, grid, True, False, None)
+    assert dposition.isnan().all(-1).tolist() == [False, True] + [False] * 6
+    assert dbias.isnan().all()
+
+
+@INTERPRETED
+def test_flops_are_counted_through_the_op() -> None:
+    from vatt.kernels.gpu import patch_project as _  # noqa: F401 - registers the formulas
+
+    given = case("kept")
+    given["weight_DF"].requires_grad_()
+    with FlopCounterMode(display=False) as counter:
+        tokens = patch_project(**given, implementation="interpreter")
+        forward = counter.get_total_flops()
+        tokens.sum().backward()
+    assert forward == 2 * 3 * 7 * 40 * (4 * 3 * 16 * 16)
+    assert counter.get_total_flops() == 2 * forward
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+class Loads:
+    """Which addresses the interpreted kernels load, and how many bytes in all, by tensor."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        from triton.runtime.interpreter import interpreter_builder as builder
+
+        self.total, self.distinct = 0, set[int]()
+        load = type(builder).create_masked_load
+
+        def counted(builder, pointers, mask, *rest):  # type: ignore[no-untyped-def]
+            size = pointers.get_element_ty().primitive_bitwidth // 8
+            wanted = pointers.data[mask.data]
+            self.total += wanted.size * size
+            for offset in range(size):
+                self.distinct.update((wanted.astype("int64") + offset).flatten().tolist())
+            return load(builder, pointers, mask, *rest)
+
+        monkeypatch.setattr(type(builder), "create_masked_load", counted)
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("B", "kept"), [(2, 6), (12, 11)])
+def test_bytes_requested_are_the_least(B: int, kept: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Counted load by load: at most 5 % above kept pixels, weights, positions and indices once; and with re-reads exactly
+    what `traffic` says.
+    """
+    from vatt.kernels.gpu.patch_project import FORWARD
+    from vatt.kernels.gpu.target import TARGETS
+
+    width, patch, grid = 150, (2, 16, 16), (2, 3, 4)
+    make = _make(B, patch, grid, width, kept=kept)
+    given = make(torch.float16, CPU)
+    blocks = FORWARD[2].pick(TARGETS["sm_90"]).blocks
+    expected = traffic(given["index_BK"], patch, grid, width, blocks["BLOCK_M"], blocks["BLOCK_D"])
+    loads = Loads(monkeypatch)
+    tokens = patch_project(**given, implementation="interpreter")
+    written = tokens.numel() * 2
+    assert expected.least <= len(loads.distinct) + written <= 1.05 * expected.least
+    assert loads.total + written == expected.l2
+
+
+@pytest.mark.parametrize(("rate", "low", "high"), [(0.0, 1.0, 1.0), (0.5, 1.25, 1.35), (0.75, 1.35, 1.5)])
+def test_sectors_at_video_large(rate: float, low: float, high: float) -> None:
+    """Neighbouring rows of 16 bytes share a sector of 32, so dropping a patch does not always save its bytes."""
+    seed, step = torch.tensor(1), torch.tensor(2)
+    index = drop_tokens(1568, round(1568 * (1 - rate)), seed, step, torch.arange(64), 7)
+    found = traffic(index, TUBELET, VIDEO, 1024, 128, 128)
+    assert low <= found.sectors / found.least <= high
+    # Weights come from the cache for every tile of rows, pixels for every tile of columns.
+    assert found.l2 > found.least
+
+
+def test_sectors_counted_one_by_one() -> None:
+    """Against every byte of a few kept patches: 8 columns, a grid whose rows are no multiple of a sector."""
+    patch, grid, index = (2, 4, 8), (2, 2, 3), torch.tensor([[0, 4, 5, 11]])
+    numbers = torch.arange(4 * 3 * 8 * 24, dtype=torch.float64).view(1, 4, 3, 8, 24)
+    touched = {int(n) // 32 for n in read_video_patches(numbers, patch, grid, index).flatten().tolist()}
+    found = traffic(index, patch, grid, 8, 16, 16)
+    assert found.sectors - found.least == 32 * len(touched) - 4 * math.prod(patch) * 3
+
+
+# ---- bad input -------------------------------------------------------------------------------------------------------
+
+BAD: list[tuple[dict[str, Any], str]] = [
+    ({"signal": torch.zeros(2, 3, 4)}, r"signal: has shape \(2, 3, 4\); make it \(B, T, 3, H, W\) frames"),
+    ({"signal": torch.zeros(0, 4, 3, 16, 24)}, "signal: has shape .*: nothing to read"),
+    ({"signal": torch.zeros(2, 4, 3, 16, 24, dtype=torch.int32)}, "signal: is torch.int32; frames are uint8 or float"),
+    ({"patch": (2, 8)}, r"patch: is \(2, 8\); give 3 sizes above 0"),
+    ({"grid": (2, 0, 3)}, r"grid: is \(2, 0, 3\); give 3 sizes above 0"),
+    ({"weight_DF": torch.zeros(D)}, r"weight: has shape \(6,\); make it \(D, F\)"),
+    ({"weight_DF": torch.zeros(D, 384, dtype=torch.int64)}, "weight: is torch.int64; it must be floating point"),
+    ({"weight_DF": torch.zeros(D, 380)}, "weight: has 380 columns; a patch has 384 features"),
+    ({"bias_D": torch.zeros(5)}, r"bias: has shape \(5,\); make it \(6,\)"),
+    ({"bias_D": torch.zeros(D).double()}, "bias: is torch.float64, weight is torch.float32; cast it"),
+    ({"aggregate_D": torch.zeros(1, D)}, r"aggregate: has shape \(1, 6\); make it \(6,\)"),
+    ({"position_ND": torch.zeros(11, D)}, r"position: has shape \(11, 6\); make it \(12, 6\)"),
+    ({"position_ND": torch.zeros(12, D, device="meta")}, "position: is on meta, the rest on cpu; move it there"),
+    ({"index_BK": torch.zeros(2, 0, dtype=torch.int64)}, r"index: has shape \(2, 0\); make it \(B, K\)"),
+    ({"index_BK": torch.zeros(3, 2, dtype=torch.int64)}, r"index: has shape \(3, 2\); make it \(B, K\)"),
+    ({"index_BK": torch.zeros(2, 2, dtype=torch.int32)}, "index: is torch.int32; make it int64"),
+    ({"index_BK": torch.tensor([[0, 12], [1, 2]])}, "index: runs from 0 to 12; the grid has 12 patches"),
+    ({"index_BK": torch.tensor([[0, 11], [-1, 2]])}, "index: runs from -1 to 11; the grid has 12 patches"),
+    ({"dropout": mask(3, CPU)}, "sample_id: 2 rows are not a multiple of 3 samples"),
+    ({"dropout": mask(2, CPU, rate=1.0)}, r"rate: 1.0 is not in \[0, 1\)"),
+    ({"implementation": "fast"}, "implementation: 'fast' is not one of native, reference, interpreter"),
+    ({"implementation": "interpreter", "signal": torch.zeros(2, 4, 3, 16, 24, requires_grad=True)}, "signal: wants a gradient"),
+]
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("change", "message"), BAD, ids=[message[:40] for _, message in BAD])
+def test_bad_input(change: dict[str, Any], message: str) -> None:
+    good = {
+        "signal": frames((2, 4, 3, 16, 24)),
+        "weight_DF": torch.zeros(D, 384),
+        "bias_D": torch.zeros(D),
+        "aggregate_D": torch.zeros(D),
+        "patch": (2, 8, 8),
+        "grid": (2, 2, 3),
+    }
+    patch_project(**good)
+    with pytest.raises(KernelError, match=f"^patch_project: {message}"):
+        patch_project(**good | change)
