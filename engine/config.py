@@ -248,6 +248,7 @@ class OptimizerConfig:
     epsilon_form: Literal["pytorch", "tensorflow"] = option(
         "pytorch", "Where epsilon is added: to the bias-corrected root (pytorch) or the uncorrected one (tensorflow)."
     )
+    kernel: Literal["torch", "apex", "deepspeed"] = option("torch", "Whose fused Adam; torch's own needs nothing installed.")
 
     def __post_init__(self) -> None:
         require(self.learning_rate > 0, "learning_rate", "must be positive")

@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from vatt.engine.adam_kernels import adam_kernel
 from vatt.engine.config import OptimizerConfig
 
 # Elements whose squares are added up in one go on a CPU.
@@ -70,6 +71,7 @@ class Adam:
         self.param_groups: list[dict[str, Any]] = [{"params": list(parameters), "lr": config.learning_rate}]
         self.state: dict[Tensor, dict[str, Tensor]] = {}
         first = self.param_groups[0]["params"][0]
+        self.kernel = adam_kernel(config.kernel, first.device)
         self.updates = torch.zeros((), dtype=torch.float32, device=first.device)  # t; exact to 2^24
         self.gradient_norm = torch.zeros((), dtype=torch.float32, device=first.device)
         self.skipped = torch.zeros((), dtype=torch.bool, device=first.device)
@@ -100,33 +102,17 @@ class Adam:
 
         The rate may be an fp32 scalar on the device, which a recorded step reads anew at each replay.
         """
-        beta1, beta2 = self.config.beta1, self.config.beta2
-        rate: Any = learning_rate
+        rate: float | Tensor = learning_rate
         updates = self.updates
         if self.config.epsilon_form == "tensorflow":
             # The fused kernel knows PyTorch's form only. At t = infinity its two bias corrections are 1 and the forms
             # agree, so what is left of TensorFlow's goes into the rate.
-            t = updates.double()
-            rate = (learning_rate * torch.sqrt(1.0 - beta2**t) / (1.0 - beta1**t)).float()
+            t, config = updates.double(), self.config
+            rate = (learning_rate * torch.sqrt(1.0 - config.beta2**t) / (1.0 - config.beta1**t)).float()
             updates = torch.full_like(updates, math.inf)
         moments = [self.moments(parameter) for parameter in parameters]
-        torch._fused_adam_(
-            parameters,
-            gradients,
-            [m for m, _ in moments],
-            [v for _, v in moments],
-            [],
-            [updates] * len(moments),
-            lr=rate,
-            beta1=beta1,
-            beta2=beta2,
-            weight_decay=0.0,
-            eps=self.config.epsilon,
-            amsgrad=False,
-            maximize=False,
-            grad_scale=None,
-            found_inf=self.skipped.float(),
-        )
+        first, second = [m for m, _ in moments], [v for _, v in moments]
+        self.kernel(parameters, gradients, first, second, updates, rate, self.config, self.skipped)
 
     @torch.no_grad()
     def step(self) -> None:
