@@ -22,7 +22,7 @@ Form = Literal["row_column", "symmetric", "all_pairs"]
 FORMS = ("row_column", "symmetric", "all_pairs")
 MASKED_LOGIT = -1e9
 LEAST_LENGTH = 1e-6  # of a feature vector: 1e-12 under the root of the squared norm, as in the released code
-WHOLE_UP_TO = 2**18  # logits: below, a CPU computes the whole matrix, see `contrastive`
+WHOLE_UP_TO = 2**16  # logits: below, a CPU computes the whole matrix, see `contrastive`
 
 
 def contrastive_reference(
@@ -120,8 +120,8 @@ def contrastive(
 
     Products on a GPU: bf16 features as they are; others in fp32 by three TF32 products, as exact as fp32, or by one where
     torch.set_float32_matmul_precision allows it. "interpreter" takes no bf16.
-    implementation: see `vatt.kernels.implementation`. "native" on a CPU is the whole matrix up to 2^18 logits, where it is as
-    fast as tiles or faster, and tiles above; "tiles" (a CPU's) is always tiles. Raises KernelError for what cannot be computed.
+    implementation: see `vatt.kernels.implementation`. "native" on a CPU is the whole matrix up to 2^16 logits, where it
+    is about as fast as tiles, and tiles above; "tiles" (a CPU's) is always tiles. Raises KernelError for what cannot be computed.
     """
     op = "contrastive"
     require(form in FORMS, op, "form", f"{form!r} is not one of {', '.join(FORMS)}")
@@ -153,7 +153,7 @@ def _forward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(loss, positive, row, column), (G,) each; column is empty in all_pairs."""
     module = tiles if implementation == "native" else gpu_module("contrastive")
-    positive, row, column = module.sums(video, other, valid, temperature, form == "all_pairs")
+    positive, row, column = module.forward(video, other, valid, temperature, form == "all_pairs")
     # A sum over nothing is that of masked logits, as in the reference: finite.
     positive, row = positive.clamp(min=MASKED_LOGIT), row.clamp(min=MASKED_LOGIT)
     column = None if column is None else column.clamp(min=MASKED_LOGIT)
@@ -187,7 +187,7 @@ def _backward(
     sums = Sums(positive, row, None if form == "all_pairs" else column)
     slopes = slopes_of(grad, sums, valid, form)  # type: ignore[arg-type]
     module = tiles if implementation == "native" else gpu_module("contrastive")
-    found: tuple[Tensor, Tensor] = module.gradients(slopes, video, other, valid, temperature)
+    found: tuple[Tensor, Tensor] = module.backward(slopes, video, other, valid, temperature)
     return found
 
 

@@ -73,7 +73,7 @@ class _Features:
                 yield logits, rows, columns, (both, both - i, both - k)
 
 
-def sums(
+def forward(
     video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float, all_pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-sum-exps (positive, row, column), (G,) each, -inf over nothing. all_pairs: rows without own pairs, column None."""
@@ -102,9 +102,7 @@ def sums(
     return own_GL.logsumexp(1), row_G, None if all_pairs else column_R.view_as(valid_GL).logsumexp(1)
 
 
-def gradients(
-    slopes: Slopes, video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def backward(slopes: Slopes, video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(dvideo, dother) in the dtype of the features."""
     features = _Features(video_GD, other_RD, valid_GL, temperature)
     dvideo, dother = torch.zeros_like(features.video), torch.zeros_like(features.other)

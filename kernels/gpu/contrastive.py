@@ -35,26 +35,25 @@ PROGRAMS = 512  # enough to fill the largest GPU; a fixed number, so that sums h
 LEAST_SPAN = 1024  # of a product's sum, that one program adds up
 
 
-def _tunings(name: str, candidates: dict[str, Tuning], **chosen: str) -> Tunings:
-    return Tunings(f"contrastive_{name}", candidates, chosen)
+def _tunings(name: str, *candidates: str, **default: str) -> Tunings:
+    """Candidates are called by their blocks, MxNxK; all have 8 warps and 3 stages."""
+    sizes = {candidate: [int(size) for size in candidate.split("x")] for candidate in candidates}
+    blocks = {name: dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), found, strict=True)) for name, found in sizes.items()}
+    return Tunings(f"contrastive_{name}", {name: Tuning(block, 8, 3) for name, block in blocks.items()}, default)
 
 
-def _tile(m: int, n: int, k: int, warps: int, stages: int) -> Tuning:
-    return Tuning({"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": k}, warps, stages)
-
-
-# By the bytes of an element of the operands.
+# By the bytes of an element of the operands. A target's sums and weights have one BLOCK_K: so their logits are the same.
 SUMS = {
-    2: _tunings("sums_bf16", {"128x128x64": _tile(128, 128, 64, 8, 3)}, sm_80="128x128x64"),
-    4: _tunings("sums", {"128x128x32": _tile(128, 128, 32, 8, 3), "128x64x32": _tile(128, 64, 32, 8, 3)}, sm_80="128x64x32"),
+    4: _tunings("sums", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x32"),
+    2: _tunings("sums_bf16", "128x64x64", "64x64x64", sm_80="128x64x64", sm_90="128x64x64", sm_100="64x64x64"),
 }
 WEIGHTS = {
-    2: _tunings("weights_bf16", {"128x128x64": _tile(128, 128, 64, 8, 3)}, sm_80="128x128x64"),
-    4: _tunings("weights", {"128x128x32": _tile(128, 128, 32, 8, 3), "128x64x32": _tile(128, 64, 32, 8, 3)}, sm_80="128x64x32"),
+    4: _tunings("weights", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x32"),
+    2: _tunings("weights_bf16", "128x128x64", "128x64x64", sm_80="128x128x64", sm_90="128x128x64", sm_100="128x64x64"),
 }
 PRODUCT = {
-    2: _tunings("product_bf16", {"128x128x64": _tile(128, 128, 64, 8, 3)}, sm_80="128x128x64"),
-    4: _tunings("product", {"128x128x32": _tile(128, 128, 32, 8, 3), "128x64x32": _tile(128, 64, 32, 8, 3)}, sm_80="128x64x32"),
+    4: _tunings("product", "128x128x32", "128x64x32", sm_80="128x128x32", sm_90="128x128x32", sm_100="128x128x32"),
+    2: _tunings("product_bf16", "128x128x64", "128x64x64", sm_80="128x128x64", sm_90="128x128x64", sm_100="128x128x64"),
 }
 
 
@@ -283,7 +282,7 @@ class _Features:
         return {"ALL_PAIRS": all_pairs, "PRECISION": self.precision, "WHOLE_K": whole}
 
 
-def sums(
+def forward(
     video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float, all_pairs: bool
 ) -> tuple[Tensor, Tensor, Tensor | None]:
     """Log-sum-exps (positive, row, column), (G,) fp32 each, -inf over nothing. all_pairs: rows without own pairs, no column."""
@@ -308,9 +307,7 @@ def sums(
     return own_GL.logsumexp(1), row_SG.logsumexp(0), column
 
 
-def gradients(
-    slopes: Slopes, video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float
-) -> tuple[Tensor, Tensor]:
+def backward(slopes: Slopes, video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float) -> tuple[Tensor, Tensor]:
     """(dvideo, dother) in the dtype of the features."""
     features = _Features(video_GD, other_RD, valid_GL, temperature)
     tuning, all_pairs = features.tuning(WEIGHTS), slopes.column is None

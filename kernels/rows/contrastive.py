@@ -58,11 +58,11 @@ def mask(clips: int, candidates: int, kind: str, device: torch.device) -> Tensor
 
 
 def _launches(video_GD: Tensor, other_RD: Tensor, valid_GL: Tensor, temperature: float, form: Form) -> None:
-    from vatt.kernels.gpu.contrastive import gradients, sums
+    from vatt.kernels.gpu.contrastive import backward, forward
 
-    positive, row, column = sums(video_GD, other_RD, valid_GL, temperature, form == "all_pairs")
+    positive, row, column = forward(video_GD, other_RD, valid_GL, temperature, form == "all_pairs")
     slopes = Slopes(row, row, column, column, row, positive)
-    gradients(slopes, video_GD, other_RD, valid_GL, temperature)
+    backward(slopes, video_GD, other_RD, valid_GL, temperature)
 
 
 @divisible("clips")
