@@ -17,41 +17,7 @@ from torch import Tensor
 from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
 from vatt.kernels.linear import linear, linear_reference
-
-
-def read_video_patches(video_BTCHW: Tensor, patch: tuple[int, ...], grid: tuple[int, ...], index_BK: Tensor | None) -> Tensor:
-    """(B, K, F) patches in [-1, 1]: float32 from uint8 frames, else in the frames' own dtype.
-
-    patch: frames, rows and columns of one; grid: how many of them along time, rows and columns.
-
-    Pixels beyond the grid are left out (remainder = floor); a grid larger than the frame pads with 0, the middle of
-    the range (remainder = ceil). index_BK int64, or None for every patch in order.
-    """
-    frames, channels = patch[0], video_BTCHW.shape[2]
-    (t, h, w), (pt, ph, pw) = grid, patch
-    extent = (t * pt, h * ph, w * pw)
-    if any(e > have for e, have in zip(extent, (video_BTCHW.shape[1], *video_BTCHW.shape[3:]), strict=True)):
-        video_BTCHW = F.pad(to_unit_range(video_BTCHW), _missing(video_BTCHW, extent))
-    video = video_BTCHW[:, : extent[0], :, : extent[1], : extent[2]]
-    tiles = video.unflatten(1, (t, pt)).unflatten(4, (h, ph)).unflatten(6, (w, pw))  # B t pt C h ph w pw
-    if index_BK is None:
-        patches = tiles.permute(0, 1, 4, 6, 2, 3, 5, 7).flatten(4).flatten(1, 3)
-    else:
-        sample = torch.arange(len(video), device=video.device)[:, None]
-        at_t, at_h, at_w = index_BK // (h * w), index_BK // w % h, index_BK % w
-        patches = tiles[sample, at_t, :, :, at_h, :, at_w].flatten(2)
-    assert patches.shape[-1] == frames * channels * ph * pw
-    return to_unit_range(patches)
-
-
-def read_audio_patches(audio_BS: Tensor, patch: int, grid: int, index_BK: Tensor | None) -> Tensor:
-    """(B, K, F) waveform patches in the waveform's dtype; padding and index as for video."""
-    if grid * patch > audio_BS.shape[1]:
-        audio_BS = F.pad(audio_BS, (0, grid * patch - audio_BS.shape[1]))
-    patches = audio_BS[:, : grid * patch].unflatten(1, (grid, patch))
-    if index_BK is None:
-        return patches
-    return patches[torch.arange(len(patches), device=patches.device)[:, None], index_BK]
+from vatt.kernels.read_patches import missing, read_audio_patches, read_patches, read_video_patches, to_unit_range
 
 
 def patch_project_reference(
@@ -131,7 +97,8 @@ def patch_project(
     if how == "reference":
         return patch_project_reference(signal, weight_DF, bias_D, aggregate_D, patch, grid, index_BK, position_ND, dropout)
     if how == "native":
-        tokens_BKD = linear(_read(signal, patch, grid, index_BK).to(weight_DF.dtype), weight_DF, bias_D)
+        read = "reference" if signal.requires_grad else "native"
+        tokens_BKD = linear(read_patches(signal, index_BK, patch, grid, weight_DF.dtype, read), weight_DF, bias_D)
         if position_ND is not None:
             tokens_BKD = tokens_BKD + _positions(position_ND, index_BK)
         return _behind(aggregate_D, dropped(tokens_BKD, dropout))
@@ -164,10 +131,8 @@ def _readable(signal: Tensor, patch: tuple[int, ...], grid: tuple[int, ...]) -> 
     op = "patch_project"
     require(not signal.requires_grad, op, "signal", "wants a gradient, and the kernel has none for pixels; use 'reference'")
     extent = [p * g for p, g in zip(patch, grid, strict=True)]
-    if signal.dim() == 5:
-        grow = _missing(signal, (extent[0], extent[1], extent[2]))
-    else:
-        grow = (0, max(0, extent[0] - signal.shape[1]))
+    frames = signal.dim() == 5
+    grow = missing(signal, (extent[0], extent[1], extent[2])) if frames else (0, max(0, extent[0] - signal.shape[1]))
     if any(grow):
         signal = F.pad(to_unit_range(signal), grow)
     elements = signal[0].numel()
@@ -305,15 +270,3 @@ def _differentiate(ctx, grad):  # type: ignore[no-untyped-def]
 
 
 _forward.register_autograd(_differentiate, setup_context=_save)
-
-
-def to_unit_range(pixels: Tensor, dtype: torch.dtype = torch.float32) -> Tensor:
-    """uint8 [0, 255] -> [-1, 1] in `dtype`; floats are taken to be in that range already."""
-    return pixels.to(dtype).mul_(2.0 / 255.0).sub_(1.0) if pixels.dtype == torch.uint8 else pixels
-
-
-def _missing(video_BTCHW: Tensor, extent: tuple[int, int, int]) -> tuple[int, ...]:
-    """The F.pad argument that grows frames, rows and columns at their end to at least `extent`."""
-    _, t, _, h, w = video_BTCHW.shape
-    grow = [max(0, e - have) for e, have in zip(extent, (t, h, w), strict=True)]
-    return 0, grow[2], 0, grow[1], 0, 0, 0, grow[0]
