@@ -2,8 +2,9 @@
 
 auto        what is fastest here. On a GPU the candidates that load are measured once for each kind of call, see
             `attention_choice`. On a CPU nothing is measured: it is `native`.
-native      on a GPU `triton`. On a CPU PyTorch's own functions: `wide` where the processor cannot multiply bf16
-            (capability.py), `sdpa` elsewhere, and with dropout the explicit products that have the weights to drop from.
+native      on a GPU `triton`. On a CPU our C++ (native_attention.py) for the dtypes and head_dims it has, once it is built;
+            else PyTorch's own functions: `wide` where the processor cannot multiply bf16 (capability.py), `sdpa` elsewhere, and
+            with dropout the explicit products that have the weights to drop from.
 triton      our flash attention (gpu/attention.py), bound to CUDA tensors: packed, no copy, any length, bias, dropout.
 interpreter the same code on CPU tensors, for tests.
 reference   `attention_reference`, every score in memory.
@@ -19,7 +20,7 @@ import math
 import torch
 from torch import Tensor
 
-from vatt.kernels import attention_choice, attention_libraries
+from vatt.kernels import attention_choice, attention_libraries, native_attention
 from vatt.kernels.attention_libraries import LIBRARIES, heads_of, joined
 from vatt.kernels.capability import widens
 from vatt.kernels.dropout import DropoutMask, check_mask, keep_mask
@@ -89,15 +90,19 @@ def _run(implementation: str, qkv: Tensor, bias: Tensor | None, scale: float, dr
         return attention_libraries.products(qkv, bias, scale, dropout)
     if implementation in LIBRARIES:
         return attention_libraries.run(implementation, qkv, bias, scale, dropout)
-    _check_triton(implementation, qkv)
+    if implementation != "cpp":
+        _check_triton(implementation, qkv)
+        implementation = "triton"
     mask = dropout if dropout is not None else (0.0, None, None, None, 0)
-    out: Tensor = torch.ops.vatt.attention(qkv, bias, scale, *mask, "triton")[0]
+    out: Tensor = torch.ops.vatt.attention(qkv, bias, scale, *mask, implementation)[0]
     return out
 
 
 def _native(qkv: Tensor, dropout: DropoutMask | None) -> str:
     if qkv.device.type != "cpu":
         return "triton"
+    if native_attention.takes(qkv):
+        return "cpp"
     if widens(qkv):
         return "wide"
     return "products" if dropout is not None else "sdpa"
@@ -172,7 +177,9 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     """(out (B, N, H D), log2 of the sum of exp(score) of each query (B, H, N) in fp32, for backward)."""
-    return gpu_module("attention").forward(qkv, bias, scale, _mask(rate, seed, step, sample_id, stream))
+    module = native_attention if implementation == "cpp" else gpu_module("attention")
+    out, lse = module.forward(qkv, bias, scale, _mask(rate, seed, step, sample_id, stream))
+    return out, lse
 
 
 @_forward.register_fake
@@ -199,7 +206,9 @@ def _backward(
 ) -> tuple[Tensor, Tensor]:
     """(dqkv, contiguous; dbias, empty unless asked for)."""
     dropout = _mask(rate, seed, step, sample_id, stream)
-    return gpu_module("attention_backward").backward(grad, qkv, out, lse, bias, scale, dropout, bias_gradient)
+    module = native_attention if implementation == "cpp" else gpu_module("attention_backward")
+    dqkv, dbias = module.backward(grad, qkv, out, lse, bias, scale, dropout, bias_gradient)
+    return dqkv, dbias
 
 
 @_backward.register_fake

@@ -79,7 +79,7 @@ class Backward {
     for (int64_t q0 = 0; q0 < N; q0 += memory.piece) {
       const int64_t queries = N - q0 < memory.piece ? N - q0 : memory.piece;
       pack_queries(memory, b, h, q0, queries);
-      if (in_.bias.data) sum_delta(memory, b, h, q0, queries);
+      if (in_.bias.data || shape_.N <= KEYS) sum_delta(memory, b, h, q0, queries);
       for (int64_t k0 = 0; k0 < N; k0 += KEYS) {
         if (in_.dropout.on()) draw(memory, b, h, q0, queries, k0);
         for (int64_t r = 0; r < KEYS && k0 + r < N; r += TILE_ROWS) strip(memory, b, h, q0, queries, k0, r);
@@ -148,8 +148,8 @@ class Backward {
     }
   }
 
-  // row(P dP), the same as row(dO O) but for rounding: a query that sees one key has dS = 0 exactly, as the gradient of a bias
-  // that hides keys needs it. It takes two products more, so only a bias is given it.
+  // row(P dP), the same as row(dO O) but for rounding: where a query sees one key, or few, dS is 0, or small, by cancellation.
+  // It takes two products more, so it is for a bias (which may hide keys) and for short sequences.
   void sum_delta(const Memory& memory, int64_t b, int64_t h, int64_t q0, int64_t queries) const {
     const int64_t K = shape_.D / depth;
     std::fill(memory.delta, memory.delta + round_up(queries, LANES), 0.0f);
