@@ -121,7 +121,8 @@ def contrastive(
     Products on a GPU: bf16 features as they are; others in fp32 by three TF32 products, as exact as fp32, or by one where
     torch.set_float32_matmul_precision allows it. "interpreter" takes no bf16.
     implementation: see `vatt.kernels.implementation`. "native" on a CPU is the whole matrix up to 2^16 logits, where it
-    is about as fast as tiles, and tiles above; "tiles" (a CPU's) is always tiles. Raises KernelError for what cannot be computed.
+    is about as fast as tiles, and tiles above; "tiles" (a CPU's) is always tiles.
+    Raises KernelError for what cannot be computed.
     """
     op = "contrastive"
     require(form in FORMS, op, "form", f"{form!r} is not one of {', '.join(FORMS)}")

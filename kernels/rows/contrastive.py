@@ -53,7 +53,7 @@ def mask(clips: int, candidates: int, kind: str, device: torch.device) -> Tensor
     elif kind == "ragged":
         valid_GL[2:, -1] = candidates == 1
         valid_GL[0] = False
-        valid_GL[1, 1:] = False
+        valid_GL[1:2, 1:] = False
     return valid_GL
 
 
