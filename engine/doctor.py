@@ -195,6 +195,20 @@ def _nvcc() -> tuple[str, str]:
     return _tool(*map(str, homes), "nvcc", "/usr/local/cuda/bin/nvcc")()
 
 
+def _native() -> tuple[str, str]:
+    reason, file = _child(
+        """
+        import torch
+        from vatt.kernels import native
+        reason = native._load("cpu")
+        answer = [reason, "" if reason else str(native.prebuilt() or native.built())]
+        """
+    )
+    if reason:
+        raise NotUsable(reason.partition(";")[0])
+    return "", file
+
+
 def _nvdec() -> tuple[str, str]:
     try:
         ctypes.CDLL("libnvcuvid.so.1")
@@ -267,6 +281,7 @@ PROBES = (
         "install g++ or clang++; the reference kernels are used without it",
     ),
     Probe("ninja", _tool("ninja"), "pip install ninja"),
+    Probe("C++ kernels", _native, "install g++ and ninja, unset VATT_NATIVE; PyTorch's functions are used without them"),
     Probe("nvcc", _nvcc, "install the CUDA toolkit of torch's CUDA version, or set CUDA_HOME; needed only for CUDA sources"),
     Probe("DeepSpeed", _package("deepspeed"), "pip install 'vatt-engine[deepspeed]', or set backend.name = \"torch\""),
     Probe(

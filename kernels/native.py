@@ -314,4 +314,7 @@ def only_one(home: Path) -> Iterator[None]:
 
 
 if __name__ == "__main__":
-    print(build_ahead())
+    try:
+        print(build_ahead())
+    except NotBuilt as reason:
+        sys.exit(f"error: {reason}")
