@@ -16,6 +16,7 @@ from vatt.kernels.dropout import DropoutMask
 
 HEAD_DIMS = (32, 64, 128)
 DTYPES = (torch.float32, torch.bfloat16)
+HIDDEN = -3e4  # a bias this low takes a key away
 
 
 def takes(qkv_BN3HD: Tensor) -> bool:
@@ -58,7 +59,8 @@ def _rows(x: Tensor) -> Tensor:
 
 def _expanded(bias: Tensor | None, qkv_BN3HD: Tensor) -> Tensor | None:
     B, N, _, H, _ = qkv_BN3HD.shape
-    return None if bias is None else bias.float().expand(B, H, N, N)
+    # 2^-43000 is 0, and what a query scores that is shown no key at all stays finite.
+    return None if bias is None else bias.float().clamp(min=HIDDEN).expand(B, H, N, N)
 
 
 def _mask(dropout: DropoutMask | None) -> tuple[float, Tensor | None, Tensor | None, Tensor | None, int]:
