@@ -4,9 +4,9 @@ not here, with what each binary will use and the least time each GPU could need 
     vatt bench kernels --offline [--kernel NAME] [--target sm_90] [--json FILE] [--out DIR]
 
 One row a launch, shape, tuning and target. A pass (forward, backward) may take several launches; `bytes`, `flops` and the
-roofline times are the pass's, on each of its rows. `shipped` marks the tuning that the target uses. Everything is compiled
-in worker processes, one a core, which start without TRITON_INTERPRET; launches that Triton would compile to the same binary
-are compiled once. `--target here` is the target of this machine's GPU.
+roofline times are the pass's, on each of its rows, against the bf16 peak whatever dtype a product has. `shipped` marks the
+tuning that the target uses. Everything is compiled in worker processes, one a core, which start without TRITON_INTERPRET;
+launches that Triton would compile to the same binary are compiled once. `--target here` is the target of this machine's GPU.
 """
 
 from __future__ import annotations
@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from vatt.benchmarks import certificate_cuda
 from vatt.engine.profile.roofline import times_us
 from vatt.engine.progress import Progress
 from vatt.kernels.contract import NAMES, Shape, row
@@ -34,6 +35,7 @@ if TYPE_CHECKING:  # the rest of that folder imports Triton, which only the work
     from vatt.kernels.gpu.launch import Launch, Recording
 
 Row = dict[str, Any]
+EVERY = (*NAMES, *certificate_cuda.KERNELS)
 
 
 class CertificateError(Exception):
@@ -145,7 +147,7 @@ def triton_version() -> str:
 
 
 def certify(
-    kernels: Sequence[str] = NAMES,
+    kernels: Sequence[str] = EVERY,
     targets: Sequence[str] = tuple(TARGETS),
     *,
     shipped_only: bool = False,
@@ -160,9 +162,9 @@ def certify(
     if importlib.util.find_spec("triton") is None:
         raise CertificateError("Triton is not installed, and compiles the kernels; pip install 'vatt-engine[triton]'")
     for name in kernels:
-        if name not in NAMES:
-            raise CertificateError(f"{name!r} is not a kernel; there are {', '.join(NAMES)}")
-    table = [row(name) for name in kernels]
+        if name not in EVERY:
+            raise CertificateError(f"{name!r} is not a kernel; there are {', '.join(EVERY)}")
+    table = [row(name) for name in kernels if name in NAMES]
     targets = [current_target().name if name == "here" else name for name in targets]
     for name in targets:
         if name not in TARGETS:
@@ -176,13 +178,30 @@ def certify(
             for kernel in table:
                 shapes = [shape.name for shape in kernel.shapes][: 1 if first_shape_only else None]
                 plans += [pool.submit(plan, kernel.name, target, shapes, shipped_only) for target in targets]
+            cuda = {
+                (name, target): pool.submit(certificate_cuda.compile_cuda, name, target)
+                for name in kernels
+                if name in certificate_cuda.KERNELS
+                for target in targets
+            }
             jobs = [job for planned in plans for job in planned.result()]
             facts = _compile_all(pool, jobs, report)
+            cuda_rows = [
+                _cuda_row(*place, shape, future.result())
+                for place, future in cuda.items()
+                for shape in certificate_cuda.KERNELS[place[0]].shapes
+            ]
         except BaseException:
             pool.shutdown(wait=False, cancel_futures=True)
             raise
-    shapes = {(kernel.name, shape.name): shape for kernel in table for shape in kernel.shapes}
-    return version, [make_row(job, shapes[job.kernel, job.shape], facts[job.key]) for job in jobs]
+    real = {(kernel.name, shape.name): shape for kernel in table for shape in kernel.shapes}
+    return version, [make_row(job, real[job.kernel, job.shape], facts[job.key]) for job in jobs] + cuda_rows
+
+
+def _cuda_row(kernel: str, target: str, shape: Shape, facts: Row) -> Row:
+    launch = certificate_cuda.KERNELS[kernel].launch
+    job = Job(kernel, shape.name, target, "", "", 0, "", False, launch, "CUDA C++", shipped=True, reads_bytes=True)
+    return make_row(job, shape, facts)
 
 
 def _compile_all(pool: ProcessPoolExecutor, jobs: Sequence[Job], report: Callable[[int, int], None] | None) -> dict[str, Row]:
@@ -222,7 +241,7 @@ def violations(rows: Sequence[Row]) -> list[str]:
     pixels byte by byte or needs more than a block may have; and a GEMM-like kernel with a pass that has no product.
     """
     lines = [f"{_place(found)}: {problem}" for found in rows for problem in _problems(found)]
-    matrix = {name for name in dict.fromkeys(found["kernel"] for found in rows) if row(name).matrix}
+    matrix = {name for name in NAMES if row(name).matrix}
     passes: dict[tuple[str, ...], int] = {}
     for found in rows:
         if found["kernel"] in matrix and found["shipped"]:
@@ -232,6 +251,8 @@ def violations(rows: Sequence[Row]) -> list[str]:
 
 
 def _problems(found: Row) -> Iterator[str]:
+    if "skipped" in found:  # said in the table; not compiled is not wrong
+        return
     if "error" in found:
         yield f"does not compile: {found['error']}"
         return
@@ -279,12 +300,12 @@ def show(rows: Sequence[Row]) -> str:
         lines.append(f"\n{kernel}, {shape}")
         for way, bytes_moved, flops in dict.fromkeys((found["pass"], found["bytes"], found["flops"]) for found in here):
             one = next(found for found in here if found["pass"] == way)
-            floors = "  ".join(f"{name} {one[f'{name}_us']:g}" for name in ("a100", "h100", "h200", "b200"))
+            floors = "  ".join(f"{name} {one[f'{name}_us']:.4g}" for name in ("a100", "h100", "h200", "b200"))
             lines.append(f"  {way}: {bytes_moved / 1e6:.1f} MB, {flops / 1e9:.1f} GFLOP; at least, in us: {floors}")
         lines.append(f"  {'launch':<24}{'target':<8}" + "".join(f"{title:>9}" for title in COLUMNS.values()) + "  tuning")
         for found in here:
-            if "error" in found:
-                lines.append(f"  {found['launch']:<24}{found['target']:<8} {found['error']}  {found['tuning']}")
+            if missing := found.get("error") or found.get("skipped"):
+                lines.append(f"  {found['launch']:<24}{found['target']:<8} {missing}  {found['tuning']}")
             elif found["shipped"]:
                 figures = "".join(f"{found.get(field, '-'):>9}" for field in COLUMNS)
                 lines.append(f"  {found['launch']:<24}{found['target']:<8}{figures}  {found['tuning']}")
@@ -306,7 +327,7 @@ def offline(kernels: Sequence[str], targets: Sequence[str], out: Path | None) ->
         progress.report({"step": done})
 
     try:
-        version, rows = certify(kernels or NAMES, targets or tuple(TARGETS), report=report)
+        version, rows = certify(kernels or EVERY, targets or tuple(TARGETS), report=report)
     finally:
         progress.close()
     broken = violations(rows)

@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from vatt.benchmarks.certificate import CertificateError, Job, certify, make_row, show, violations
+from vatt.benchmarks import certificate_cuda
+from vatt.benchmarks.certificate import EVERY, CertificateError, Job, certify, make_row, show, violations
 from vatt.kernels.contract import Shape
 from vatt.kernels.gpu.occupancy import resident_blocks
 from vatt.kernels.gpu.sass import Usage, counts, functions, usages
@@ -282,6 +283,34 @@ def test_each_target_has_its_own_tensor_core_instruction(bad: dict[str, Any]) ->
     assert bad["good_sm_100"]["tensor_columns"] > 0
 
 
+# ---- CUDA C++ --------------------------------------------------------------------------------------------------------
+
+
+def test_a_skipped_row_says_why_and_is_no_violation(monkeypatch: pytest.MonkeyPatch) -> None:
+    from vatt.kernels import native
+
+    def missing() -> str:
+        raise native.NotBuilt("nvcc was not found; install it")
+
+    pytest.importorskip("triton", reason="reads binaries with Triton's tools")
+    monkeypatch.setattr(native, "nvcc", missing)
+    assert certificate_cuda.compile_cuda("read_patches", "sm_90") == {"skipped": "nvcc was not found; install it"}
+    found = good_row(kernel="read_patches")
+    del found["registers"], found["products"]
+    found["skipped"] = "nvcc was not found; install it"
+    assert violations([found]) == [] and "nvcc was not found" in show([found])
+
+
+def test_what_is_written_down_about_cuda_kernels_is_so() -> None:
+    from vatt.kernels.native import folder
+
+    kernel = certificate_cuda.KERNELS["read_patches"]
+    source = (folder() / "cuda" / kernel.source).read_text()
+    assert f"{kernel.launch}<In, Out><<<blocks, {kernel.threads}, 0," in source
+    # 64 clips, 784 patches of 4 x 16 x 16 x 3 pixels: a byte read, two written; and an index of 8 bytes for each patch.
+    assert kernel.shapes[0].forward_bytes == 64 * 784 * (3072 * 3 + 8)
+
+
 # ---- the gate --------------------------------------------------------------------------------------------------------
 
 GATE = """
@@ -296,15 +325,13 @@ if __name__ == "__main__":
 
 
 def gate(tmp_path: Path, what: str, release: str, targets: str) -> None:
-    from vatt.kernels.contract import NAMES
-
     if release == "3.6.0" and not (OLDEST / "triton").is_dir():
         pytest.fail(f"{OLDEST.relative_to(ROOT)} is missing; `make {OLDEST.relative_to(ROOT)}/.ready` installs that Triton")
     (tmp_path / "gate.py").write_text(GATE)
     in_compiler(tmp_path / "gate.py", what, targets, str(tmp_path / "rows.json"), triton=OLDEST if release == "3.6.0" else None)
     found = json.loads((tmp_path / "rows.json").read_text())
     assert (found["version"] == "3.6.0") == (release == "3.6.0"), found["version"]
-    assert {row["kernel"] for row in found["rows"]} == set(NAMES)
+    assert {row["kernel"] for row in found["rows"]} == set(EVERY)
     assert {row["target"] for row in found["rows"]} == set(targets.split(","))
     assert not found["violations"], "\n".join(found["violations"])
 
