@@ -21,6 +21,7 @@ import triton.language as tl
 from torch import Tensor
 
 from vatt.kernels.dropout import DropoutMask
+from vatt.kernels.gpu.add_layer_norm import MULTIPROCESSORS
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
 from vatt.kernels.gpu.patch_project import EVERY_TARGET, patch_rows, patch_values, product_tunings, reading
@@ -31,6 +32,8 @@ WEIGHT = {
     2: product_tunings("patch_project_weight", (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), **_BLOCKS),
     4: product_tunings("patch_project_weight_fp32", (64, 64, 32, 4, 2), **_BLOCKS),
 }
+# Reads the tokens' gradient half as often, for patches of many features; Ampere has too few registers for it.
+LARGE = product_tunings("patch_project_weight_large", (128, 256, 64, 8, 3), (128, 128, 64, 8, 3), **_BLOCKS)
 PLACES = Tunings(
     "patch_project_places",
     {
@@ -40,8 +43,7 @@ PLACES = Tunings(
     default=dict.fromkeys(EVERY_TARGET, "8x256"),
 )
 WHERE = Tuning({"BLOCK_N": 128, "BLOCK_K": 32}, warps=4, stages=2)
-# Programs that the weight's gradient is cut into at least: two for each multiprocessor of an H100.
-PROGRAMS = 264
+MOST_SPLITS, LEAST_WASTE = 8, 1.05
 
 
 @triton.jit
@@ -179,6 +181,18 @@ def _places(
         tl.store(p_dposition + o_p, b_dposition, mask=(o_n < N)[:, None] & m_d[None, :])
 
 
+def splits_of(tiles: int, steps: int, multiprocessors: int) -> int:
+    """Into how many parts the rows of the weight's gradient are cut: as few as keep all multiprocessors busy to the end, for
+    every part is a copy of the gradient in fp32. tiles: programs of a part; steps: blocks of rows there are.
+    """
+    most = min(steps, max(MOST_SPLITS, multiprocessors // tiles))
+
+    def waste(splits: int) -> float:
+        return triton.cdiv(tiles * splits, multiprocessors) * multiprocessors / (tiles * splits)
+
+    return min(range(1, most + 1), key=lambda splits: (max(waste(splits), LEAST_WASTE), splits))
+
+
 def backward(
     grad: Tensor,
     signal: Tensor,
@@ -196,12 +210,13 @@ def backward(
     of_mask = mask_arguments(dropout, B * K)
     flags = {"AGGREGATE": has_aggregate, "DROPOUT": dropout is not None}
 
-    tuning = WEIGHT[grad.dtype.itemsize].pick(current_target())
     arguments, constants = reading(signal, index, patch, grid, K)
-    F = constants["F"]
+    F, target = constants["F"], current_target()
+    large = target.capability >= 90 and grad.dtype.itemsize == 2 and F >= 256
+    tuning = (LARGE if large else WEIGHT[grad.dtype.itemsize]).pick(target)
     tiles = triton.cdiv(D, tuning.blocks["BLOCK_D"]) * triton.cdiv(F, tuning.blocks["BLOCK_F"])
     steps = triton.cdiv(B * K, tuning.blocks["BLOCK_M"])
-    steps_of_a_split = triton.cdiv(steps, min(steps, triton.cdiv(PROGRAMS, tiles)))
+    steps_of_a_split = triton.cdiv(steps, splits_of(tiles, steps, MULTIPROCESSORS[target.name]))
     splits = triton.cdiv(steps, steps_of_a_split)
     partial = torch.empty(splits, D, F, dtype=torch.float32, device=grad.device)
     arguments |= {"p_grad": grad, "p_partial": partial, "M": B * K, "D": D, **of_mask}
@@ -216,7 +231,7 @@ def backward(
         arguments = {"p_index": index, "p_where": where, "K": K, "N": N}
         arguments |= {"stride_ib": index.stride(0), "stride_ik": index.stride(1)}
         Launch(_where, (triton.cdiv(N, WHERE.blocks["BLOCK_N"]), B), arguments, {}, WHERE)()
-    tuning = PLACES.pick(current_target())
+    tuning = PLACES.pick(target)
     parts = triton.cdiv(N, tuning.blocks["BLOCK_N"])
     dposition = grad.new_empty(N, D) if has_position else None
     partial = torch.empty(parts, D, dtype=torch.float32, device=grad.device)

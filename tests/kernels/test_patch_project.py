@@ -280,6 +280,18 @@ def test_flops_are_counted_through_the_op() -> None:
     assert counter.get_total_flops() == 2 * forward
 
 
+@INTERPRETED
+def test_parts_of_the_weight_gradient() -> None:
+    """As few as leave no multiprocessor idle for long; never more than there are blocks of rows."""
+    from vatt.kernels.gpu.patch_project_backward import splits_of
+
+    assert splits_of(132, 700, 132) == 1
+    assert splits_of(96, 784, 132) == 4  # 384 programs, 3 rounds of 132; 96, 192 and 288 leave a quarter idle
+    assert splits_of(6, 600, 132) == 21  # 126 programs: near enough to 132
+    assert splits_of(6, 5, 132) == 5
+    assert splits_of(1, 1, 132) == 1
+
+
 # ---- bytes -----------------------------------------------------------------------------------------------------------
 
 
@@ -309,13 +321,13 @@ def test_bytes_requested_are_the_least(B: int, kept: int, monkeypatch: pytest.Mo
     """Counted load by load: at most 5 % above kept pixels, weights, positions and indices once; and with re-reads exactly
     what `traffic` says.
     """
-    from vatt.kernels.gpu.patch_project import FORWARD
+    from vatt.kernels.gpu.patch_project import LARGE
     from vatt.kernels.gpu.target import TARGETS
 
     width, patch, grid = 150, (2, 16, 16), (2, 3, 4)
     make = _make(B, patch, grid, width, kept=kept)
     given = make(torch.float16, CPU)
-    blocks = FORWARD[2].pick(TARGETS["sm_90"]).blocks
+    blocks = LARGE.pick(TARGETS["sm_90"]).blocks
     expected = traffic(given["index_BK"], patch, grid, width, blocks["BLOCK_M"], blocks["BLOCK_D"])
     loads = Loads(monkeypatch)
     tokens = patch_project(**given, implementation="interpreter")
