@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from vatt.kernels.counter import Stream, normal, philox, seed_key, uniform, words
+from vatt.kernels import native
+from vatt.kernels.counter import Stream, normal, philox, seed_key, uniform, words, words_tensor
 
 ONES = 0xFFFFFFFF
 PI = ((0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344), (0xA4093822, 0x299F31D0))
@@ -143,3 +144,16 @@ def test_importing_it_does_not_load_torch() -> None:
     """Decoding workers import it, and torch would cost each of them a second and 200 MB."""
     code = "import sys, vatt.kernels.counter; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
+
+
+@pytest.mark.parametrize("cpp", [True, False], ids=["cpp", "torch"])
+@pytest.mark.parametrize("count", [1, 3, 4, 1023, 1024, 1025, 5000])
+def test_a_batch_draws_the_words_of_each_of_its_samples(count: int, cpp: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.loaded(required=True)
+    if not cpp:
+        monkeypatch.setattr(native, "loaded", lambda: False)
+    seed, step, ids = 2**62 + 2**33 + 5, 2**32 - 1, (0, 7, 2**32 - 1)
+    drawn = words_tensor(torch.tensor(seed), torch.tensor(step), torch.tensor(ids), Stream.DROPOUT, count)
+    assert drawn.shape == (3, count) and drawn.dtype == torch.int64
+    for row, sample_id in zip(drawn, ids, strict=True):
+        assert row.tolist() == words(seed, Stream.DROPOUT, step, sample_id, count).tolist()

@@ -6,8 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
+from vatt.kernels import native
 from vatt.kernels.counter import words
 from vatt.kernels.dropout import dropout, keep_mask
+from vatt.kernels.implementation import KernelError
 
 SEED, STEP = torch.tensor(5), torch.tensor(3)
 
@@ -128,3 +130,55 @@ def test_dtype_stays(dtype: torch.dtype) -> None:
 def test_rows_that_fit_no_sample_count_are_an_error() -> None:
     with pytest.raises(ValueError, match="dropout: sample_id: 7 rows are not a multiple of 3 samples"):
         drop(torch.ones(7, 2), 0.1, torch.arange(3))
+
+
+SHAPES = [(1, 1), (3, 7), (6, 5, 3), (2, 3, 1030), (4, 2, 4096), (2, 1023), (2, 1025), (3, 4, 8)]
+
+
+@pytest.mark.parametrize("rate", [0.1, 0.5, 0.999])
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_cpp_has_the_bits_of_pytorch(shape: tuple[int, ...], rate: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert native.loaded(required=True)
+    samples = 3 if shape[0] % 3 == 0 else 1
+    mask = rate, torch.tensor(2**62 + 2**33 + 5), torch.tensor(2**32 - 1), torch.arange(samples) * (2**31 - 1), 1030
+    generator = torch.Generator().manual_seed(0)
+    x = torch.randn(shape, generator=generator)
+    x.view(-1)[0] = float("nan")
+    found = [keep_mask(x.shape, *mask), dropout(x, *mask), dropout(x.bfloat16(), *mask)]
+    monkeypatch.setattr(native, "loaded", lambda: False)
+    expected = [keep_mask(x.shape, *mask), dropout(x, *mask), dropout(x.bfloat16(), *mask)]
+    for ours, theirs in zip(found, expected, strict=True):
+        assert ours.dtype == theirs.dtype
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=0, equal_nan=True)
+
+
+def test_threads_change_nothing() -> None:
+    before, x = torch.get_num_threads(), torch.ones(8, 301, 130)
+    found = []
+    for threads in (1, 2, 3):
+        torch.set_num_threads(threads)
+        found.append(drop(x, 0.3))
+    torch.set_num_threads(before)
+    assert found[0].equal(found[1]) and found[0].equal(found[2])
+
+
+def test_the_op_keeps_the_dispatchers_rules() -> None:
+    for dtype in (torch.float32, torch.float64):
+        x = torch.randn(4, 3, 10, dtype=dtype, requires_grad=True)
+        torch.library.opcheck(torch.ops.vatt.dropout, (x, 0.3, SEED, STEP, torch.arange(4), 1030, "native"))
+    x = torch.randn(4, 10, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x: drop(x, 0.3), x) and torch.autograd.gradgradcheck(lambda x: drop(x, 0.3), x)
+
+
+@pytest.mark.parametrize(
+    ("x", "rate", "ids", "message"),
+    [
+        (torch.ones(2, 4, dtype=torch.int64), 0.1, 2, "x: is torch.int64"),
+        (torch.tensor(1.0), 0.1, 1, "x: is a scalar"),
+        (torch.ones(2, 4), 1.0, 2, r"rate: 1.0 is not in \[0, 1\)"),
+        (torch.ones(3, 4), 0.1, 2, "sample_id: 3 rows are not a multiple of 2"),
+    ],
+)
+def test_what_cannot_be_dropped_is_named(x: Tensor, rate: float, ids: int, message: str) -> None:
+    with pytest.raises(KernelError, match=f"^dropout: {message}"):
+        drop(x, rate, torch.arange(ids))
