@@ -29,7 +29,7 @@ from vatt.kernels.gpu.target import current_target
 
 _BLOCKS = {"rows": "BLOCK_D", "columns": "BLOCK_F", "depth": "BLOCK_M"}
 WEIGHT = {
-    2: product_tunings("patch_project_weight", (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), (64, 128, 64, 4, 3), **_BLOCKS),
+    2: product_tunings("patch_project_weight", (128, 128, 64, 8, 3), (128, 64, 64, 4, 3), **_BLOCKS),
     4: product_tunings("patch_project_weight_fp32", (64, 64, 32, 4, 2), **_BLOCKS),
 }
 # Reads the tokens' gradient half as often, for patches of many features; Ampere has too few registers for it.

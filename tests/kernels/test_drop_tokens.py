@@ -8,7 +8,8 @@ from torch import Tensor
 
 from vatt.engine.config import kept_tokens
 from vatt.kernels.counter import Stream, words
-from vatt.kernels.drop_tokens import drop_tokens_reference
+from vatt.kernels.drop_tokens import drop_tokens, drop_tokens_reference
+from vatt.kernels.implementation import KernelError
 
 SEED, STEP = torch.tensor(5), torch.tensor(3)
 
@@ -134,3 +135,48 @@ def test_kept_count_aligned_to_attention_tiles(total: int, rate: float, align: i
     assert kept_tokens(total, rate, align) == kept
     if rate and kept_tokens(total, rate) != kept:
         assert (1 + kept) % align == 0
+
+
+# ---- the op ----------------------------------------------------------------------------------------------------------
+
+INTERPRETED = pytest.mark.skipif(torch.cuda.is_available(), reason="Triton compiles for the GPU in this process")
+# Found by search: of 4096 words these samples draw two that are equal (place among the sorted words, the two tokens).
+TIES = [(807, 2705, 559, 1853), (1585, 235, 442, 2177)]
+
+
+@INTERPRETED
+@pytest.mark.parametrize(("sample", "place", "first", "second"), TIES)
+def test_equal_words_go_by_their_index(sample: int, place: int, first: int, second: int) -> None:
+    drawn = words(5, Stream.KEEP_VIDEO, 3, sample, 4096)
+    assert drawn[first] == drawn[second]
+    for kept, has_second in ((place, False), (place + 1, False), (place + 2, True)):
+        expected = choose(4096, kept, torch.tensor([sample]))
+        ids = torch.tensor([sample])
+        ours = drop_tokens(4096, kept, SEED, STEP, ids, Stream.KEEP_VIDEO, implementation="interpreter")
+        assert ours.equal(expected)
+        assert (second in ours[0].tolist()) == has_second and (first in ours[0].tolist()) == (kept > place)
+
+
+@INTERPRETED
+@pytest.mark.parametrize("shared", [False, True])
+def test_opcheck(shared: bool) -> None:
+    torch.library.opcheck(torch.ops.vatt.drop_tokens, (37, 9, SEED, STEP, torch.arange(3), 7, shared))
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"kept": 0}, "kept: cannot keep 0 of 10 tokens; keep 1 to 10"),
+        ({"sample_id": torch.tensor(3)}, r"sample_id: has shape \(\); make it \(B,\)"),
+        ({"sample_id": torch.tensor([1], dtype=torch.int32)}, "sample_id: is torch.int32; make it int64"),
+        ({"step": torch.tensor([1, 2])}, "seed: and step are scalars"),
+        ({"seed": torch.tensor(1, device="meta")}, "seed: is on meta, the rest on cpu; move it there"),
+        ({"implementation": "fast"}, "implementation: 'fast' is not one of native, reference, interpreter"),
+        ({"implementation": "interpreter", "total": 65537}, "total: 65537 tokens, the GPU kernel takes up to 65536"),
+    ],
+)
+def test_bad_input(change: dict, message: str) -> None:
+    good = {"total": 10, "kept": 5, "seed": SEED, "step": STEP, "sample_id": torch.tensor([1]), "stream": 7}
+    drop_tokens(**good)
+    with pytest.raises(KernelError, match=f"^drop_tokens: {message}"):
+        drop_tokens(**good | change)
