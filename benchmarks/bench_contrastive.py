@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import resource
 import statistics
 import subprocess
 import sys
@@ -103,7 +102,8 @@ def alone(way: str, form: str, G: int, L: int, D: int) -> None:
     features = pair(G, L, D)
     if way != "nothing":
         step(*features, form, way)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+    # Not ru_maxrss: a child starts with its parent's.
+    print(1024 * kibibytes("/proc/self/status", "VmHWM"))
 
 
 def measured(device: str, G: int, L: int, D: int, form: str, repeats: int) -> dict[str, object]:
@@ -138,8 +138,11 @@ def measured(device: str, G: int, L: int, D: int, form: str, repeats: int) -> di
 
 def available() -> int:
     """Bytes of memory that a process may still take."""
-    lines = Path("/proc/meminfo").read_text().splitlines()
-    return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    return 1024 * kibibytes("/proc/meminfo", "MemAvailable")
+
+
+def kibibytes(path: str, field: str) -> int:
+    return next(int(line.split()[1]) for line in Path(path).read_text().splitlines() if line.startswith(field))
 
 
 def main() -> None:

@@ -44,7 +44,7 @@ def _tunings(name: str, *candidates: str, **default: str) -> Tunings:
 
 # By the bytes of an element of the operands. A target's sums and weights have one BLOCK_K: so their logits are the same.
 SUMS = {
-    4: _tunings("sums", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x32"),
+    4: _tunings("sums", "64x64x16", "64x64x32", "128x64x32", sm_80="64x64x16", sm_90="128x64x32", sm_100="64x64x32"),
     2: _tunings("sums_bf16", "128x64x64", "64x64x64", sm_80="128x64x64", sm_90="128x64x64", sm_100="64x64x64"),
 }
 WEIGHTS = {
@@ -291,9 +291,9 @@ def forward(
     block_m, block_n = tuning.blocks["BLOCK_M"], tuning.blocks["BLOCK_N"]
     rows = min(triton.cdiv(G, block_m), SUM_TILES)
     span = triton.cdiv(G, triton.cdiv(PROGRAMS, rows) * block_n) * block_n
-    fp32 = {"dtype": torch.float32, "device": video_GD.device}
-    own_GL, row_SG = torch.empty(*valid_GL.shape, **fp32), torch.empty(triton.cdiv(G, span), G, **fp32)
-    partial = None if all_pairs else torch.empty(rows, G, **fp32)
+    new = features.lengths[0].new_empty
+    own_GL, row_SG = new(valid_GL.shape), new((triton.cdiv(G, span), G))
+    partial = None if all_pairs else new((rows, G))
     column: Tensor | None = None
     for first in range(0, G, rows * block_m):
         here = min(rows, triton.cdiv(G - first, block_m))
