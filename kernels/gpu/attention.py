@@ -185,7 +185,7 @@ def bias_arguments(bias: Tensor | None, qkv_BN3HD: Tensor) -> dict[str, Tensor |
     """The bias and its strides over (B, H, N, N); an axis it is broadcast along has stride 0."""
     names = ("stride_bb", "stride_bh", "stride_bm", "stride_bn")
     if bias is None:
-        return {"p_bias": None} | {name: None for name in names}
+        return {name: None for name in ("p_bias", *names)}
     B, N, _, H, _ = qkv_BN3HD.shape
     return {"p_bias": bias, **dict(zip(names, bias.expand(B, H, N, N).stride(), strict=True))}
 
