@@ -12,10 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from vatt.benchmarks import certificate_cuda
-from vatt.benchmarks.certificate import EVERY, CertificateError, Job, certify, make_row, show, violations
-from vatt.kernels.contract import Shape
+from vatt.benchmarks.certificate import EVERY, CertificateError, Job, certify, make_row, plan, show, violations
+from vatt.kernels.contract import Shape, row
 from vatt.kernels.gpu.occupancy import resident_blocks
 from vatt.kernels.gpu.sass import Usage, counts, functions, usages
 from vatt.kernels.gpu.target import TARGETS
@@ -201,6 +202,31 @@ def test_without_triton_the_remedy_is_named(monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(CertificateError, match=r"pip install 'vatt-engine\[triton\]'"):
         certify(["bias_gelu"])
+
+
+def test_the_plan_holds_every_launch_under_every_tuning() -> None:
+    from vatt.kernels.gpu.add_layer_norm import BACKWARD, FORWARD
+
+    shape = row("add_layer_norm").shapes[0].name
+    jobs = plan("add_layer_norm", "sm_80", [shape], shipped_only=False)
+    # The third adds up the second one's partial sums: found to be backward by the wrapper that launched it.
+    assert [job.backward for job in jobs if job.shipped] == [False, True, True]
+    for launch, tables in (("forward", FORWARD), ("backward", BACKWARD)):
+        tunings = [job.tuning for job in jobs if job.launch == launch]
+        assert sorted(tunings) == sorted(str(tuning) for tuning in tables[1024].candidates.values())
+        (shipped,) = (job.tuning for job in jobs if job.launch == launch and job.shipped)
+        assert shipped == str(tables[1024].candidates[tables[1024].default["sm_80"]])
+    assert len({job.key for job in jobs}) == len(jobs)
+    assert [job for job in jobs if job.shipped] == plan("add_layer_norm", "sm_80", [shape], shipped_only=True)
+
+
+def test_only_integers_of_a_byte_are_pixels() -> None:
+    from vatt.kernels.gpu.compiled import reads_bytes
+    from vatt.kernels.gpu.launch import Launch
+
+    for dtype, pixels in ((torch.uint8, True), (torch.int8, True), (torch.bool, False), (torch.bfloat16, False)):
+        assert reads_bytes(Launch(None, (1,), {"p_x": torch.empty(4, dtype=dtype), "N": 3})) is pixels
+    assert not reads_bytes(Launch(None, (1,), {"p_x": torch.empty(4).to(torch.float8_e5m2)}))
 
 
 # ---- kernels made to be bad ------------------------------------------------------------------------------------------
