@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -137,8 +136,7 @@ def test_no_scores_are_kept() -> None:
 OTHER = """
 import json, sys, torch
 from vatt.kernels import native
-native._load.cache_clear()
-native.built = lambda: sys.argv[1]
+native.NATIVE, native.prebuilt = (f"-march={sys.argv[1]}",), lambda: None
 from vatt.kernels.contract import errors
 from vatt.kernels.rows.attention import ROW
 assert native.loaded(required=True)
@@ -150,17 +148,18 @@ print(json.dumps(wrong))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("march", ["x86-64-v4", "x86-64-v3", "x86-64"])
+@pytest.mark.parametrize("march", ["x86-64-v4", "x86-64-v3"])
 def test_other_instruction_sets(march: str, tmp_path: Path) -> None:
-    """AVX-512 without bf16 products, AVX2, and neither: the same sources, the same budgets."""
-    flags = set(next((line for line in Path("/proc/cpuinfo").read_text().splitlines() if line.startswith("flags")), "").split())
-    needs = {"x86-64-v4": {"avx512f", "avx512bw", "avx512vl"}, "x86-64-v3": {"avx2", "fma"}, "x86-64": {"sse2"}}[march]
-    if not needs <= flags:
-        pytest.skip(f"this processor has no {', '.join(sorted(needs - flags))}")
-    compiler = os.environ.get("CXX") or shutil.which("g++") or shutil.which("clang++")
-    assert compiler is not None
-    native.build(compiler, [*native.FLAGS, f"-march={march}"], tmp_path / "library")
-    library = str(tmp_path / "library" / native.LIBRARY)
-    run = subprocess.run([sys.executable, "-c", OTHER, library], capture_output=True, text=True, timeout=300)
+    """AVX-512 without bf16 products, and AVX2: the same sources, the same budgets.
+
+    Code for older processors cannot be judged here: it rounds every product, and PyTorch, which the budget is taken from, does
+    not on a processor that can do better.
+    """
+    needs = {"x86-64-v4": {"avx512f", "avx512bw", "avx512vl"}, "x86-64-v3": {"avx2", "fma"}}[march]
+    if not needs <= native.features():
+        pytest.skip(f"this processor has no {', '.join(sorted(needs - native.features()))}")
+    environment = os.environ | {"VATT_NATIVE_DIR": str(tmp_path)}
+    run = subprocess.run([sys.executable, "-c", OTHER, march], capture_output=True, text=True, timeout=500, env=environment)
     assert run.returncode == 0, run.stderr[-2000:]
+    assert list(tmp_path.glob("*/*.so")), "no library was built: another one was tested"
     assert json.loads(run.stdout.splitlines()[-1]) == []
