@@ -36,7 +36,7 @@ def backward_in_chunks(
         for part, gradients in zip(parts, cut(features, chunk, len(batch)), strict=True):
             again = backend.module(batch.rows(part), draws.rows(part), towers_only=True)
             # Its gradient with respect to the chunk's features is the cached one, to the last bit.
-            pulled = [(feature.float() * g).sum() for feature, g in zip(tensors(again), gradients, strict=True)]
+            pulled = [(feature * g).sum() for feature, g in zip(tensors(again), gradients, strict=True)]
             backend.backward(torch.stack(pulled).sum())
     return losses
 

@@ -1,6 +1,7 @@
 """One rank of tests/test_gradient_cache.py: two steps of a small run in chunks, or whole, under each of the given layouts.
 
-    python cached_ranks.py CONFIG OUT CASE...      with CASE = backend:stage:precision:chunk:recompute, as torch:0:fp32:3:0
+    python cached_ranks.py CONFIG OUT CASE...      with CASE = backend:stage:precision:chunk:recompute, as torch:0:fp32:3:0,
+                                                   or that and :LAST_BLOCK, then without dropout on attention weights
 
 The whole batch is the same on any number of ranks. Rank 0 writes what the steps left behind to OUT/WORLD_SIZE-CASE.pt.
 """
@@ -27,9 +28,11 @@ STEPS = 2
 
 
 def configured(base: RunConfig, case: str) -> RunConfig:
-    name, stage, precision, chunk, recompute = case.split(":")
+    name, stage, precision, chunk, recompute, *last_block = case.split(":")
     settings = {"name": name, "zero_stage": int(stage), "precision": precision}
     backend = replace(base.backend, **settings, chunk=int(chunk), recompute_layers=int(recompute))
+    if last_block:
+        base = replace(base, model=replace(base.model, attention_dropout=0.0, last_block=last_block[0]))
     return replace(base, batch_size=8, backend=backend).with_buckets()
 
 
