@@ -75,8 +75,7 @@ class SignalTower(nn.Module):
 
     def forward(self, signal: Tensor, index_BK: Tensor | None = None, draws: Draws | None = None) -> Tensor:
         """(B, D)."""
-        tokens_BND = self.dropout(self.tokens(signal, index_BK), draws)
-        x_BND = prepend_aggregate(self.aggregate, tokens_BND)
+        x_BND = self.tokens(signal, index_BK, aggregate_D=self.aggregate, dropout=self.dropout.mask(draws))
         return self.encoder(x_BND, draws, aggregate_only=self.aggregate_only)[:, 0]
 
 
@@ -101,8 +100,7 @@ class SharedSignalTower(nn.Module):
 
     def forward(self, encoder: Encoder, signal: Tensor, index_BK: Tensor | None, draws: Draws | None) -> Tensor:
         """(B, post_width)."""
-        tokens_BND = self.dropout(self.tokens(signal, index_BK, self.pre_projection), draws)
-        x_BND = prepend_aggregate(self.aggregate, tokens_BND)
+        x_BND = self.tokens(signal, index_BK, self.pre_projection, self.aggregate, self.dropout.mask(draws))
         return self.post_projection(encoder(x_BND, draws, aggregate_only=self.aggregate_only)[:, 0])
 
 

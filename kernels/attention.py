@@ -152,7 +152,12 @@ def _check_triton(implementation: str, qkv: Tensor) -> None:
         require(device == "cpu", op, "implementation", "'interpreter' takes CPU tensors; use 'native' on a GPU")
         require(qkv.dtype != torch.bfloat16, op, "implementation", "'interpreter' takes fp32 or fp16, bf16 is wrong in it")
     else:
-        require(device == "cuda", op, "implementation", f"'triton' takes CUDA tensors, qkv is on {qkv.device}; use 'native'")
+        require(
+            device in ("cuda", "meta"),
+            op,
+            "implementation",
+            f"'triton' takes CUDA tensors, qkv is on {qkv.device}; use 'native'",
+        )
     require(qkv.dtype in GPU_DTYPES, op, "qkv", f"{qkv.dtype} has no GPU kernel; use fp32, fp16 or bf16, or 'reference'")
     offered = ", ".join(map(str, HEAD_DIMS))
     require(qkv.shape[4] in HEAD_DIMS, op, "qkv", f"head_dim {qkv.shape[4]} is not one of {offered}; use 'sdpa'")

@@ -35,6 +35,7 @@ def resolve(op: str, implementation: str, x: Tensor, offered: tuple[str, ...] = 
     """`implementation`, checked against what `op` offers and against the device and dtype of `x`.
 
     Returns "reference", "native" (a CPU tensor) or "triton": the Triton kernels, compiled for a CUDA tensor or interpreted.
+    A meta tensor takes the GPU's way, so that a step's work can be counted where there is no GPU.
     """
     require(implementation in offered, op, "implementation", f"{implementation!r} is not one of {', '.join(offered)}")
     if implementation == "reference" or (implementation == "native" and x.device.type == "cpu"):
@@ -42,7 +43,9 @@ def resolve(op: str, implementation: str, x: Tensor, offered: tuple[str, ...] = 
     if implementation == "interpreter":
         require(x.device.type == "cpu", op, "implementation", "'interpreter' takes CPU tensors; use 'native' on a GPU")
         require(x.dtype != torch.bfloat16, op, "implementation", "'interpreter' takes fp32 or fp16, bf16 is wrong in it")
-    require(x.device.type in ("cpu", "cuda"), op, "device", f"{x.device} is not offered; move the tensors to cpu or cuda")
+    require(
+        x.device.type in ("cpu", "cuda", "meta"), op, "device", f"{x.device} is not offered; move the tensors to cpu or cuda"
+    )
     require(x.dtype in GPU_DTYPES, op, "dtype", f"{x.dtype} has no GPU kernel; use fp32, fp16 or bf16, or 'reference'")
     return "triton"
 

@@ -16,7 +16,8 @@ import torch
 
 SCRIPT = Path(__file__).parent / "layout_ranks.py"
 FAST = {1: ("torch-fp32",), 2: ("torch-fp32", "sharded-fp32", "zero1-fp32")}
-LAYOUTS = tuple(f"{layout}-{precision}" for precision in ("fp32", "bf16") for layout in ("torch", "sharded", "zero1", "zero2", "zero3"))
+NAMES = ("torch", "sharded", "zero1", "zero2", "zero3")
+LAYOUTS = tuple(f"{name}-{precision}" for precision in ("fp32", "bf16") for name in NAMES)
 ALL = {1: LAYOUTS, 2: LAYOUTS, 4: LAYOUTS}
 LOSS_TOLERANCE = {"fp32": 1e-5, "bf16": 1e-3}
 
