@@ -68,8 +68,8 @@ def _apex(device: torch.device) -> AdamKernel:
     if device.type != "cuda":
         raise ConfigError("optimizer.kernel: 'apex' runs on a GPU; use 'torch'")
     try:
-        import amp_C
-        from apex.multi_tensor_apply import multi_tensor_applier
+        import amp_C  # type: ignore[import-not-found]
+        from apex.multi_tensor_apply import multi_tensor_applier  # type: ignore[import-not-found]
     except ImportError as error:
         raise ConfigError(
             f"optimizer.kernel: 'apex' cannot be imported ({error}); build NVIDIA's apex from source with its CUDA extensions "

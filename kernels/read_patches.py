@@ -115,7 +115,10 @@ def _forward(signal: Tensor, index: Tensor | None, patch: list[int], grid: list[
     device = signal.device.type
     offered = signal.dtype in READ and dtype in WRITTEN[device]
     if device == "cpu" and not (offered and native.loaded()):
-        return read_patches_reference(signal, index, tuple(patch), tuple(grid), dtype).contiguous()
+        patches = read_patches_reference(signal, index, tuple(patch), tuple(grid), dtype)
+        # Every patch of a waveform that needs no conversion is a view of it, which an op may not return.
+        seen = patches.untyped_storage().data_ptr() == signal.untyped_storage().data_ptr()
+        return patches.clone() if seen else patches.contiguous()
     if device == "cuda":
         require(offered, OP, "dtype", f"{signal.dtype} to {dtype} has no GPU kernel; cast the signal, or use 'reference'")
         native.loaded(required=True, kind="cuda")
@@ -123,8 +126,8 @@ def _forward(signal: Tensor, index: Tensor | None, patch: list[int], grid: list[
     frames = frames if frames.stride(-1) == 1 or frames.shape[-1] == 1 else frames.contiguous()
     index = None if index is None else index.contiguous()
     ones = [1] * (3 - len(patch))
-    patches: Tensor = torch.ops.vatt_native.read_patches(frames, index, [*ones, *patch], [*ones, *grid], dtype)
-    return patches
+    read: Tensor = torch.ops.vatt_native.read_patches(frames, index, [*ones, *patch], [*ones, *grid], dtype)
+    return read
 
 
 @_forward.register_fake

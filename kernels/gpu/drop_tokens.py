@@ -69,7 +69,8 @@ def _choose_shared(p_index, p_seed, p_step, N, K, stream, BLOCK_M: tl.constexpr,
 def forward(total: int, kept: int, seed: Tensor, step: Tensor, sample_id: Tensor, stream: int, shared: bool) -> Tensor:
     """int64 (B, K); (1, K) for a shared draw."""
     index = torch.empty(1 if shared else sample_id.shape[0], kept, dtype=torch.int64, device=sample_id.device)
-    arguments = {"p_index": index, "p_seed": seed, "p_step": step, "N": total, "K": kept, "stream": stream}
+    arguments: dict[str, Tensor | int | float | None] = {"p_index": index, "p_seed": seed, "p_step": step, "stream": stream}
+    arguments |= {"N": total, "K": kept}
     if shared:
         tuning = Tuning({"BLOCK_M": RANK_M, "BLOCK_N": RANK_N}, warps=4, stages=1)
         Launch(_choose_shared, (triton.cdiv(total, RANK_M),), arguments, {}, tuning)()

@@ -150,7 +150,6 @@ X, B = torch.zeros(4, 6), torch.zeros(6)
         ((X, B, None, "fast"), "implementation: 'fast' is not one of native, reference, interpreter"),
         ((X.bfloat16(), None, None, "interpreter"), "implementation: 'interpreter' takes fp32 or fp16, bf16 is wrong in it"),
         ((X.double(), None, None, "interpreter"), "dtype: torch.float64 has no GPU kernel; use fp32, fp16 or bf16, or 'refer"),
-        ((X.to("meta"),), "device: meta is not offered; move the tensors to cpu or cuda"),
     ],
 )
 def test_errors_name_argument_and_remedy(arguments: tuple, message: str) -> None:
