@@ -92,7 +92,7 @@ def candidates(dtype: torch.dtype, chunk: int) -> dict[str, Attend]:
     def matmul(heads: int, kept: torch.dtype | None, work: torch.dtype) -> Attend:
         return lambda packed: joined(Matmul.apply(*heads_of(packed), heads, kept, work))
 
-    found = {"sdpa": shipped("sdpa"), "reference": shipped("reference")}
+    found = {name: shipped(name) for name in ("native", "sdpa", "reference")}
     if dtype == torch.bfloat16:
         found["wide"] = shipped("wide")
         for heads in sorted({1, chunk, BATCH * HEADS}):

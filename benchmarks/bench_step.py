@@ -4,6 +4,7 @@
     python benchmarks/bench_step.py memory --size lbs --out benchmarks/results     # one step and its peak memory
     python benchmarks/bench_step.py profile --size lbs --batch 64 --out …          # kernels, launches, idle gaps
     python benchmarks/bench_step.py batches --size lbs --batches 4,8,16,32,64 --out …
+    python benchmarks/bench_step.py counted --size lbs --batch 64 --out …          # its roofline on an H200
     python benchmarks/bench_step.py rates --size lbs --batch 32 --rates 0,25,50,75 --out …
     python benchmarks/bench_step.py settings --set model.last_block=all --label all --out …   # with and without a setting
 
@@ -37,7 +38,10 @@ from vatt.benchmarks.steps import (
     seconds,
     spread,
 )
+from vatt.engine.profile.counted_step import counted_step, totals
+from vatt.engine.profile.flops import step_flops
 from vatt.engine.profile.peak import peak_tflops
+from vatt.engine.profile.roofline import CEILINGS
 
 
 def against(a: argparse.Namespace, device: str) -> dict[str, Any]:
@@ -143,6 +147,37 @@ def profile(a: argparse.Namespace, device: str) -> dict[str, Any]:
     return result
 
 
+def counted(a: argparse.Namespace, device: str) -> dict[str, Any]:
+    """The roofline of one step on an H200, counted on meta tensors: a bound, not a prediction. Rows are under the measured
+    ceilings (790 TFLOP/s, 4.3 TB/s); `nominal` and `measured` are the whole step under either."""
+    config = recipe(a.size, a.precision, a.batch, a.overrides)
+    result: dict[str, Any] = {}
+    for name in ("h200", "h200_measured"):
+        works = counted_step(config, CEILINGS[name])
+        whole = totals(works)
+        result["measured" if CEILINGS[name].measured else "nominal"] = {
+            "step_ms": round(whole.seconds * 1e3, 3),
+            "samples_per_s": round(a.batch / whole.seconds, 1),
+            "mfu_of_nominal_peak": round(step_flops(config) / whole.seconds / CEILINGS["h200"].tflops / 1e12, 4),
+            "tflop": round(whole.flops / 1e12, 4),
+            "gb": round(whole.bytes / 1e9, 3),
+            "operators": whole.calls,
+        }
+    result["rows"] = [
+        {
+            "operator": work.operator,
+            "calls": work.calls,
+            "gflop": round(work.flops / 1e9, 3),
+            "gb": round(work.bytes / 1e9, 4),
+            "ms": round(work.seconds * 1e3, 4),
+        }
+        for work in works
+    ]
+    for row in result["rows"][:20]:
+        say(f"{row['ms']:9.3f} ms {row['gflop']:11.1f} GFLOP {row['gb']:9.3f} GB {row['calls']:5} x {row['operator']}")
+    return result
+
+
 def idle(spans: list[tuple[float, float]]) -> dict[str, float]:
     """Milliseconds from the first kernel's start to the last one's end, and the part of it in which none ran.
 
@@ -178,6 +213,7 @@ MODES: dict[str, Callable[[argparse.Namespace, str], dict[str, Any]]] = {
     "settings": settings,
     "memory": memory,
     "profile": profile,
+    "counted": counted,
 }
 
 

@@ -12,6 +12,7 @@ MODES = {
     "settings": "interleaved pairs of ours with the settings of --set and without",
     "memory": "one step and its peak memory",
     "profile": "kernels, launches, idle gaps of one step",
+    "counted": "FLOPs, bytes and least time of one step on an H200, operator by operator; needs no GPU",
 }
 
 

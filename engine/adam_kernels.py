@@ -99,17 +99,9 @@ def _apex(device: torch.device) -> AdamKernel:
 
 def _deepspeed(device: torch.device) -> AdamKernel:
     """DeepSpeed's kernels, compiled by it on first use. They take count and rate as numbers, so each step reads the device."""
-    try:
-        from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
-    except ImportError as error:
-        raise ConfigError(
-            f"optimizer.kernel: 'deepspeed' cannot be imported ({error}); pip install 'vatt-engine[deepspeed]', or use 'torch'"
-        ) from error
-    try:
-        library = (CPUAdamBuilder if device.type == "cpu" else FusedAdamBuilder)().load(verbose=False)
-    except Exception as error:  # whatever a compiler can do wrong
-        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
-        raise ConfigError(f"optimizer.kernel: DeepSpeed cannot compile its Adam here ({reason[0]}); use 'torch'") from error
+    from vatt.engine.backend.deepspeed import adam_library
+
+    library = adam_library(device)
     logging.getLogger("vatt").warning("optimizer.kernel 'deepspeed' makes the host wait for the device once a step")
     return functools.partial(_update_on_cpu if device.type == "cpu" else _update_on_gpu, library)
 

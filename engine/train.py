@@ -9,6 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from vatt.engine.attention_choices import settle_attention
 from vatt.engine.backend.interface import Backend, StepOutcome, make_backend
 from vatt.engine.checkpoint import load_checkpoint, newest_checkpoint, save_checkpoint
 from vatt.engine.config import ConfigError, RunConfig
@@ -132,6 +133,7 @@ def build(
     config: RunConfig, process: Process, loader: ClipLoader, vocabulary: Vocabulary, directory: RunDirectory | None
 ) -> tuple[Run, int]:
     """The run, and the number of steps it has already done."""
+    settle_attention(config, process)
     backend = make_backend(VATT(config), config, rank=process.rank, world_size=process.world_size, device=process.device)
     skipped = torch.zeros((), dtype=torch.int64, device=process.device)
     run = Run(config, process, backend, loader, vocabulary, directory, skipped)

@@ -109,6 +109,8 @@ def _native(qkv: Tensor, dropout: DropoutMask | None) -> str:
 
 
 def _auto(qkv: Tensor, bias: Tensor | None, scale: float, dropout: DropoutMask | None) -> str:
+    if qkv.device.type == "meta":
+        attention_choice.note(qkv, bias, scale, dropout)
     if qkv.device.type != "cuda":
         return "native"
     try:

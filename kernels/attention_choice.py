@@ -12,7 +12,9 @@ from __future__ import annotations
 
 import logging
 import statistics
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
@@ -24,6 +26,42 @@ WARM_UP, REPEATS = 3, 10
 log = logging.getLogger("vatt")
 _CHOICES: dict[str, str] = {}
 _SAID: set[str] = set()
+
+
+@dataclass(frozen=True)
+class Call:
+    """A kind of call, seen on meta tensors. bias: its shape, dtype and whether it wants a gradient, or None."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    gradient: bool
+    bias: tuple[tuple[int, ...], torch.dtype, bool] | None
+    scale: float
+    dropout: float
+
+
+_NOTED: list[list[Call]] = []
+
+
+@contextmanager
+def noted() -> Iterator[list[Call]]:
+    """The kinds of call that `auto` gets on meta tensors inside: what a step will ask, found without a device."""
+    calls: list[Call] = []
+    _NOTED.append(calls)
+    try:
+        yield calls
+    finally:
+        _NOTED.pop()
+
+
+def note(qkv: Tensor, bias: Tensor | None, scale: float, dropout: DropoutMask | None) -> None:
+    """Remember a call on meta tensors, where somebody listens."""
+    given = None if bias is None else (tuple(bias.shape), bias.dtype, bias.requires_grad)
+    gradient = torch.is_grad_enabled() and qkv.requires_grad
+    call = Call(tuple(qkv.shape), qkv.dtype, gradient, given, scale, 0.0 if dropout is None else dropout.rate)
+    for calls in _NOTED:
+        if call not in calls:
+            calls.append(call)
 
 
 def choices() -> dict[str, str]:

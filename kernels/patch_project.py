@@ -17,7 +17,7 @@ from torch import Tensor
 from vatt.kernels.dropout import DropoutMask, check_mask, dropped, mask_of
 from vatt.kernels.implementation import gpu_module, require, resolve, same_device
 from vatt.kernels.linear import linear, linear_reference
-from vatt.kernels.read_patches import missing, read_audio_patches, read_patches, read_video_patches, to_unit_range
+from vatt.kernels.read_patches import check_index, missing, read_audio_patches, read_patches, read_video_patches, to_unit_range
 
 
 def patch_project_reference(
@@ -180,9 +180,8 @@ def _check(
         given = f"has shape {tuple(index.shape)}; make it (B, K), K above 0"
         require(index.dim() == 2 and len(index) == len(signal) and kept > 0, op, "index", given)
         require(index.dtype == torch.int64, op, "index", f"is {index.dtype}; make it int64")
-        if index.device.type == "cpu":
-            low, high = int(index.min()), int(index.max())
-            require(low >= 0 and high < places, op, "index", f"runs from {low} to {high}; the grid has {places} patches")
+        if index.device.type == "cpu":  # on a GPU a place outside the grid becomes a NaN token
+            check_index(index, places, op)
     require(len(signal) * (kept + 1) < 2**31, op, "signal", "has more than 2^31 tokens; use a smaller batch")
     if dropout is not None:
         check_mask(op, dropout, len(signal), weight)

@@ -137,14 +137,14 @@ def _(signal, index, patch, grid, dtype):  # type: ignore[no-untyped-def]
     return signal.new_empty(signal.shape[0], kept, channels * math.prod(patch), dtype=dtype)
 
 
-def check_index(index: Tensor | None, count: int) -> None:
+def check_index(index: Tensor | None, count: int, op: str = OP) -> None:
     """Raise KernelError (CPU) or assert on the device (CUDA) unless every index is in [0, count)."""
     if index is None or index.numel() == 0:
         return
     if index.device.type == "cpu":
         least, most = (int(bound) for bound in index.aminmax())
         wrong = least if least < 0 else most
-        require(least >= 0 and most < count, OP, "index", f"{wrong} is outside the grid of {count} patches")
+        require(least >= 0 and most < count, op, "index", f"{wrong} is outside the grid of {count} patches")
     else:
         torch._assert_async(((index >= 0) & (index < count)).all())
 

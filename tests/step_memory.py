@@ -5,8 +5,8 @@ python step_memory.py CHUNK RECOMPUTE_LAYERS
 
 from __future__ import annotations
 
-import resource
 import sys
+from pathlib import Path
 
 import torch
 
@@ -31,7 +31,9 @@ SMALL = {"size": "custom", "layers": 1, "width": 32, "heads": 2, "hidden": 64}
 
 
 def peak() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    # Not ru_maxrss, which a child takes over from its parent.
+    status = Path("/proc/self/status").read_text()
+    return int(status.split("VmHWM:")[1].split()[0])
 
 
 def main(chunk: int, recompute_layers: int) -> None:

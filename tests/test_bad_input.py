@@ -124,7 +124,7 @@ def test_accumulation_is_refused_with_the_reason(refused: Callable[..., str], sm
         refused(config=edited(small_run, "seed = 3", "seed = 3\ngradient_accumulation_steps = 4")),
     ):
         assert "gradient_accumulation_steps" in message and "micro-batch" in message
-        assert "lower batch_size or add ranks" in message
+        assert "lower batch_size, or add ranks" in message
 
 
 def test_dali_is_not_silently_something_else(refused: Callable[..., str]) -> None:

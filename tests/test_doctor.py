@@ -36,6 +36,7 @@ def test_every_probe_has_a_name_and_a_remedy():
         "CUDA devices",
         "Triton",
         "C++ compiler",
+        "C++ kernels",
         "ninja",
         "nvcc",
         "DeepSpeed",

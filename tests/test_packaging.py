@@ -27,7 +27,7 @@ OPTIONAL = {
     "triton": "kernels/gpu/",
     "nvidia.dali": "engine/data/",
     "flash_attn": "kernels/",
-    "apex": "kernels/",
+    "apex": "engine/adam_kernels.py",
     "wandb": "engine/",
     "tensorboard": "engine/",
     "matplotlib": "engine/",

@@ -98,6 +98,18 @@ def import_deepspeed(device: torch.device) -> Any:
     return deepspeed
 
 
+def adam_library(device: torch.device) -> Any:
+    """DeepSpeed's own fused Adam for `device`, compiled by it on first use. Raises ConfigError with the remedy."""
+    import_deepspeed(device)
+    from deepspeed.ops.op_builder import CPUAdamBuilder, FusedAdamBuilder
+
+    try:
+        return (CPUAdamBuilder if device.type == "cpu" else FusedAdamBuilder)().load(verbose=False)
+    except Exception as error:  # whatever a compiler can do wrong
+        reason = str(error).strip().splitlines()[-1:] or [type(error).__name__]
+        raise ConfigError(f"optimizer.kernel: DeepSpeed cannot compile its Adam here ({reason[0]}); use 'torch'") from error
+
+
 def _seeing_records(apply: Callable[..., Any]) -> Callable[..., Any]:
     """DeepSpeed's `apply_to_tensors_only`, which looks into tuples, lists and dicts, made to look into dataclasses too."""
 

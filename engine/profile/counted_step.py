@@ -16,18 +16,15 @@ import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
-from unittest import mock
 
 import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from torch.utils.flop_counter import flop_registry
 
 from vatt.engine.config import RunConfig
-from vatt.engine.data.batch import Batch
 from vatt.engine.loss import contrastive_losses
-from vatt.engine.model import VATT
+from vatt.engine.meta import shapes_only
 from vatt.engine.profile.roofline import Ceiling
 from vatt.engine.randomness import Draws
 
@@ -67,12 +64,10 @@ def counted_step(config: RunConfig, ceiling: Ceiling) -> list[Work]:
 
     calls are operators, not launches: an operator of ours may be two or three kernels, and PyTorch's are one or two.
     """
-    with torch.device("meta"), mock.patch("vatt.engine.model.initialise"):
-        model = VATT(config).bfloat16().train()
-        batch = meta_batch(config)
-        with _Counting(ceiling) as counting:
-            space = model(batch, Draws.at(config.seed, 0, batch.sample_id))
-            contrastive_losses(space, config.loss).total.backward()
+    model, batch = shapes_only(config, torch.bfloat16)
+    with torch.device("meta"), _Counting(ceiling) as counting:
+        space = model(batch, Draws.at(config.seed, 0, batch.sample_id))
+        contrastive_losses(space, config.loss).total.backward()
     elements = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     adam = Work("adam").plus(0.0, ADAM_BYTES * elements, ceiling.seconds(ADAM_BYTES * elements, 0.0))
     return sorted([*counting.works.values(), adam], key=lambda work: -work.seconds)
@@ -85,29 +80,14 @@ def totals(works: Iterable[Work]) -> Work:
     return Work("step", **sums)
 
 
-def meta_batch(config: RunConfig) -> Batch:
-    """A batch that has shapes only."""
-    data, count = config.data, config.batch_size
-
-    def shaped(*shape: int, dtype: torch.dtype) -> Tensor:
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    return Batch(
-        video=shaped(count, data.frames, 3, data.size, data.size, dtype=torch.uint8),
-        audio=shaped(count, data.audio_samples, dtype=torch.float32),
-        text=shaped(count, data.captions, data.words, dtype=torch.int64),
-        has_text=shaped(count, dtype=torch.bool),
-        has_audio=shaped(count, dtype=torch.bool),
-        sample_id=shaped(count, dtype=torch.int64),
-    )
-
-
 class _Counting(TorchDispatchMode):
     """Adds up what passes through the dispatcher."""
 
     def __init__(self, ceiling: Ceiling) -> None:
         super().__init__()
-        self.ceiling = ceiling
+        from torch.utils.flop_counter import flop_registry  # imports Triton
+
+        self.ceiling, self.formulas = ceiling, flop_registry
         self.works: dict[str, Work] = {}
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
@@ -115,10 +95,15 @@ class _Counting(TorchDispatchMode):
         name = str(func).rpartition(".")[0]
         if name in FREE:
             return out
-        flops, size = float(_flops(func, name, args, out)), float(_bytes(name, args, kwargs, out))
+        flops, size = self._flops(func, name, args, out), float(_bytes(name, args, kwargs, out))
         work = self.works.get(name, Work(name))
         self.works[name] = work.plus(flops, size, self.ceiling.seconds(size, flops))
         return out
+
+    def _flops(self, func: Any, name: str, args: Any, out: Any) -> float:
+        """Of PyTorch's products by its own formulas, of ours by those below."""
+        formula = self.formulas.get(getattr(func, "overloadpacket", func)) if name.startswith("aten.") else None
+        return float(formula(*args, out_val=out)) if formula else _flops(name, args, out)
 
 
 def _bytes(name: str, args: Any, kwargs: Any, out: Any) -> int:
@@ -135,8 +120,8 @@ def _bytes(name: str, args: Any, kwargs: Any, out: Any) -> int:
     return total
 
 
-def _flops(func: Any, name: str, args: Any, out: Any) -> float:
-    """Multiply-adds as 2: of PyTorch's products by its own formulas, of ours by theirs; everything else is 0."""
+def _flops(name: str, args: Any, out: Any) -> float:
+    """Of an op of ours that multiplies, multiply-adds as 2; of the others 0."""
     if name in ("vatt.attention", "vatt.attention_backward"):
         qkv = args[0] if name == "vatt.attention" else args[1]
         B, N, _, H, D = qkv.shape
@@ -149,6 +134,4 @@ def _flops(func: Any, name: str, args: Any, out: Any) -> float:
         video, other = (args[0], args[1]) if name == "vatt.contrastive" else (args[1], args[2])
         # Backward makes the logits again, and both gradients from them.
         return (2.0 if name == "vatt.contrastive" else 6.0) * video.numel() * other.shape[0]
-    packet = getattr(func, "overloadpacket", func)
-    formula = flop_registry.get(packet)
-    return float(formula(*args, out_val=out)) if formula and name.startswith("aten.") else 0.0
+    return 0.0
