@@ -161,12 +161,13 @@ def counted(a: argparse.Namespace, device: str) -> dict[str, Any]:
             "mfu_of_nominal_peak": round(step_flops(config) / whole.seconds / CEILINGS["h200"].tflops / 1e12, 4),
             "tflop": round(whole.flops / 1e12, 4),
             "gb": round(whole.bytes / 1e9, 3),
-            "operators": whole.calls,
+            "launches": whole.launches,
         }
     result["rows"] = [
         {
             "operator": work.operator,
             "calls": work.calls,
+            "launches": work.launches,
             "gflop": round(work.flops / 1e9, 3),
             "gb": round(work.bytes / 1e9, 4),
             "ms": round(work.seconds * 1e3, 4),

@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._library.custom_ops import OPDEFS
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -27,6 +28,8 @@ from vatt.engine.loss import contrastive_losses
 from vatt.engine.meta import shapes_only
 from vatt.engine.profile.roofline import Ceiling
 from vatt.engine.randomness import Draws
+from vatt.kernels.gpu.launch import recording
+from vatt.kernels.gpu.target import TARGETS
 
 # Bytes of Adam a parameter: fp32 master and two moments read and written, gradient read, bf16 weight written.
 ADAM_BYTES = 3 * 8 + 2 + 2
@@ -44,15 +47,17 @@ class Work:
 
     operator: str
     calls: int = 0
+    launches: int = 0
     flops: float = 0.0
     bytes: float = 0.0
     seconds: float = 0.0  # under the ceiling that was given
 
-    def plus(self, flops: float, size: float, seconds: float) -> Work:
+    def plus(self, flops: float, size: float, seconds: float, launches: int = 1) -> Work:
         """With one more call."""
         return replace(
             self,
             calls=self.calls + 1,
+            launches=self.launches + launches,
             flops=self.flops + flops,
             bytes=self.bytes + size,
             seconds=self.seconds + seconds,
@@ -62,7 +67,8 @@ class Work:
 def counted_step(config: RunConfig, ceiling: Ceiling) -> list[Work]:
     """Rows of one step of `config.batch_size` clips on one GPU in bf16, slowest first; Adam is the row "adam".
 
-    calls are operators, not launches: an operator of ours may be two or three kernels, and PyTorch's are one or two.
+    launches: an operator of PyTorch's is taken to be one kernel (a sum over much may be two); of ours, the wrapper is run on
+    the meta tensors, and its Triton launches and PyTorch operators are counted.
     """
     model, batch = shapes_only(config, torch.bfloat16)
     with torch.device("meta"), _Counting(ceiling) as counting:
@@ -76,7 +82,7 @@ def counted_step(config: RunConfig, ceiling: Ceiling) -> list[Work]:
 def totals(works: Iterable[Work]) -> Work:
     """One row for all."""
     works = list(works)
-    sums = {name: sum(getattr(work, name) for work in works) for name in ("calls", "flops", "bytes", "seconds")}
+    sums = {name: sum(getattr(work, name) for work in works) for name in ("calls", "launches", "flops", "bytes", "seconds")}
     return Work("step", **sums)
 
 
@@ -96,14 +102,33 @@ class _Counting(TorchDispatchMode):
         if name in FREE:
             return out
         flops, size = self._flops(func, name, args, out), float(_bytes(name, args, kwargs, out))
+        launches = _launches_inside(name, args) if name.startswith("vatt.") else 1
         work = self.works.get(name, Work(name))
-        self.works[name] = work.plus(flops, size, self.ceiling.seconds(size, flops))
+        self.works[name] = work.plus(flops, size, self.ceiling.seconds(size, flops), launches)
         return out
 
     def _flops(self, func: Any, name: str, args: Any, out: Any) -> float:
         """Of PyTorch's products by its own formulas, of ours by those below."""
         formula = self.formulas.get(getattr(func, "overloadpacket", func)) if name.startswith("aten.") else None
         return float(formula(*args, out_val=out)) if formula else _flops(name, args, out)
+
+
+class _CountingOperators(TorchDispatchMode):
+    """How many operators that launch something pass by."""
+
+    count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.count += str(func).rpartition(".")[0] not in FREE
+        return func(*args, **(kwargs or {}))
+
+
+def _launches_inside(name: str, args: Any) -> int:
+    """Of one call of an op of ours on meta tensors: what its GPU wrapper launches."""
+    wrapper = OPDEFS[name.replace(".", "::")]._init_fn
+    with recording(TARGETS["sm_90"]) as launches, _CountingOperators() as operators:
+        wrapper(*args)
+    return len(launches) + operators.count
 
 
 def _bytes(name: str, args: Any, kwargs: Any, out: Any) -> int:

@@ -152,3 +152,8 @@ def recording(target: Target) -> Iterator[Recording]:
             yield launches
     finally:
         _RECORDS.pop()
+
+
+def is_recording() -> bool:
+    """Whether launches are being kept instead of run."""
+    return bool(_RECORDS)

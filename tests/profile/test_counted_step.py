@@ -96,3 +96,13 @@ def test_a_last_block_of_agg_alone_does_less() -> None:
     config = whole("bbs", 4)
     agg = replace(config, model=replace(config.model, last_block="agg"))
     assert totals(counted_step(agg, H200)).flops < totals(counted_step(config, H200)).flops
+
+
+def test_launches_of_our_operators_are_those_of_their_wrappers() -> None:
+    """Attention: one kernel forward, two backward; a fused norm forward: one; a product of PyTorch: one."""
+    works = by_operator(whole("bbs", 2))
+    attention, backward, norm = (works[f"vatt.{name}"] for name in ("attention", "attention_backward", "add_layer_norm"))
+    assert attention.launches == attention.calls and norm.launches == norm.calls
+    assert backward.launches >= 2 * backward.calls
+    assert totals(works.values()).launches > totals(works.values()).calls
+    assert works["aten.mm"].launches == works["aten.mm"].calls
