@@ -95,7 +95,7 @@ def plan(kernel: str, target: str, shapes: Sequence[str], shipped_only: bool) ->
         seen: set[str] = set()
         choices = [("", "")]
         if not shipped_only:
-            choices += [(name, candidate) for name, table in launches.tables.items() for candidate in table.candidates]
+            choices += [(name, candidate) for name, table in launches.tables.items() for candidate in table.offered(target)]
         for table, candidate in choices:
             for index, launch in enumerate(recorded(kernel, shape, target, table, candidate)):
                 job = _job(kernel, shape, target, table, candidate, index, launch)

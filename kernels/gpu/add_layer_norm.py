@@ -23,28 +23,23 @@ from vatt.kernels.dropout import DropoutMask
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
 from vatt.kernels.gpu.partial_sums import add_up, programs
-from vatt.kernels.gpu.target import current_target
-
-TARGET_NAMES = ("sm_80", "sm_90", "sm_100")
-# Of the GPUs the targets stand for (A100, H100 and H200, B200). Another count is as right, only less even.
-MULTIPROCESSORS = {"sm_80": 108, "sm_90": 132, "sm_100": 148}
+from vatt.kernels.gpu.target import TARGETS, current_target
 
 
 def _forward_tunings(width: int, warps: int, *rows: int) -> Tunings:
     """Candidates for rows of up to `width` columns; the first is the default."""
     candidates = {f"{m}_rows": Tuning({"BLOCK_M": m, "BLOCK_D": width}, warps, 1) for m in rows}
-    return Tunings(f"add_layer_norm_forward_{width}", candidates, dict.fromkeys(TARGET_NAMES, f"{rows[0]}_rows"))
+    return Tunings(f"add_layer_norm_forward_{width}", candidates, dict.fromkeys(TARGETS, f"{rows[0]}_rows"))
 
 
 def _backward_tunings(width: int, warps: int, *choices: tuple[int, int]) -> Tunings:
     """Candidates (rows of a step, programs of a multiprocessor) for rows of up to `width` columns; the first is the default."""
     candidates, default = {}, {}
-    for target, multiprocessors in MULTIPROCESSORS.items():
-        names = [f"{m}_rows_{each}x{multiprocessors}" for m, each in choices]
+    for target in TARGETS.values():
+        names = [f"{m}_rows_{each}x{target.multiprocessors}" for m, each in choices]
         for name, (m, each) in zip(names, choices, strict=True):
-            blocks = {"BLOCK_M": m, "BLOCK_D": width, "PROGRAMS": each * multiprocessors}
-            candidates[name] = Tuning(blocks, warps, 1)
-        default[target] = names[0]
+            candidates[name] = Tuning({"BLOCK_M": m, "BLOCK_D": width}, warps, 1, each * target.multiprocessors)
+        default[target.name] = names[0]
     return Tunings(f"add_layer_norm_backward_{width}", candidates, default)
 
 
@@ -69,7 +64,7 @@ BACKWARD = {
         (16, 1, (16, 8)),
         (128, 1, (8, 8)),
         (256, 1, (8, 8)),
-        (512, 2, (2, 8), (4, 6), (8, 4)),
+        (512, 2, (2, 8)),
         (1024, 4, (2, 4), (2, 5), (4, 3), (1, 6)),
         (2048, 8, (2, 2), (1, 3)),
         (4096, 16, (1, 1)),
@@ -159,12 +154,8 @@ def _backward(
     BRANCH_BIAS: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
-    """PROGRAMS: see the tunings; the grid has made its choice by it.
-
-    With x^ = (sum - mean) rstd and g = grad_normed * weight: dLN = rstd (g - mean(g) - x^ mean(g x^)); rms: mean(g) = 0.
-    """
+    """With x^ = (sum - mean) rstd and g = grad_normed * weight: dLN = rstd (g - mean(g) - x^ mean(g x^)); rms: mean(g) = 0."""
     o_d = tl.arange(0, BLOCK_D)
     m_d = o_d < D
     b_weight = tl.load(p_weight + o_d, mask=m_d, other=0.0).to(tl.float32)
@@ -268,7 +259,7 @@ def backward(
     dresidual = torch.empty_like(total)
     dbranch = total.new_empty(0) if dropout is None else torch.empty_like(total)
     tuning = BACKWARD[_width(D)].pick(current_target())
-    P = programs(tuning.blocks["PROGRAMS"], M)
+    P = programs(tuning.programs, M)
     there = (True, has_bias, has_branch_bias)
     partial = torch.empty(sum(there), P, D, dtype=torch.float32, device=total.device)
     arguments = {

@@ -32,11 +32,11 @@ FORWARD = Tunings(
     },
     default={"sm_80": "4x512", "sm_90": "4x512", "sm_100": "4x512"},
 )
-# PROGRAMS: for the whole grid, at most; about four blocks of 128 threads for each multiprocessor of A100, H200 and B200.
+# Programs: about four blocks of 128 threads for each multiprocessor of A100, H200 and B200.
 BACKWARD = Tunings(
     "bias_gelu_backward",
     {
-        f"{m}x{columns}_{programs}": Tuning({"BLOCK_M": m, "BLOCK_C": columns, "PROGRAMS": programs}, warps, 1)
+        f"{m}x{columns}_{programs}": Tuning({"BLOCK_M": m, "BLOCK_C": columns}, warps, 1, programs)
         for m, columns, warps, each in ((2, 512, 2, 12), (4, 512, 2, 8), (2, 1024, 4, 6), (4, 1024, 4, 4))
         for programs in (108 * each, 132 * each, 148 * each)
     },
@@ -133,9 +133,7 @@ def _backward(
     DROPOUT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_C: tl.constexpr,
-    PROGRAMS: tl.constexpr,
 ):
-    """PROGRAMS: see the tunings; the grid has made its choice by it."""
     first_c = tl.program_id(1) * BLOCK_C
     o_c = first_c + tl.arange(0, BLOCK_C)
     m_c = o_c < C
@@ -179,7 +177,7 @@ def backward(grad: Tensor, x: Tensor, bias: Tensor | None, dropout: DropoutMask 
     M, C = x.numel() // x.shape[-1], x.shape[-1]
     tuning = BACKWARD.pick(current_target())
     column_blocks = triton.cdiv(C, tuning.blocks["BLOCK_C"])
-    P = programs(tuning.blocks["PROGRAMS"] // column_blocks, M)
+    P = programs(tuning.programs // column_blocks, M)
     partial = None if bias is None else torch.empty(1, P, C, dtype=torch.float32, device=x.device)
     arguments = {"p_grad": grad, "p_x": x, "p_bias": bias, "p_dx": dx, "p_partial": partial, "M": M, "C": C}
     constants = {"DROPOUT": dropout is not None}

@@ -35,21 +35,46 @@ PROGRAMS = 512  # enough to fill the largest GPU; a fixed number, so that sums h
 LEAST_SPAN = 1024  # of a product's sum, that one program adds up
 
 
-def _tunings(name: str, *candidates: str, **default: str) -> Tunings:
-    """Candidates are called by their blocks, MxNxK; all have 8 warps and 3 stages."""
+def _tunings(name: str, *candidates: str, withheld: dict[str, tuple[str, ...]] | None = None, **default: str) -> Tunings:
+    """Candidates are called by their blocks, MxNxK; all have 8 warps and 3 stages. withheld: see `Tunings`."""
     sizes = {candidate: [int(size) for size in candidate.split("x")] for candidate in candidates}
     blocks = {name: dict(zip(("BLOCK_M", "BLOCK_N", "BLOCK_K"), found, strict=True)) for name, found in sizes.items()}
-    return Tunings(f"contrastive_{name}", {name: Tuning(block, 8, 3) for name, block in blocks.items()}, default)
+    return Tunings(f"contrastive_{name}", {name: Tuning(block, 8, 3) for name, block in blocks.items()}, default, withheld)
 
 
 # By the bytes of an element of the operands. A target's sums and weights have one BLOCK_K: so their logits are the same.
 SUMS = {
-    4: _tunings("sums", "64x64x16", "64x64x32", "128x64x32", sm_80="64x64x16", sm_90="128x64x32", sm_100="64x64x32"),
-    2: _tunings("sums_bf16", "128x64x64", "64x64x64", sm_80="128x64x64", sm_90="128x64x64", sm_100="64x64x64"),
+    4: _tunings(
+        "sums",
+        "64x64x16",
+        "64x64x32",
+        "128x64x32",
+        withheld={"sm_80": ("64x64x32", "128x64x32")},
+        sm_80="64x64x16",
+        sm_90="128x64x32",
+        sm_100="64x64x32",
+    ),
+    2: _tunings(
+        "sums_bf16",
+        "128x64x64",
+        "64x64x64",
+        withheld={"sm_100": ("128x64x64",)},
+        sm_80="128x64x64",
+        sm_90="128x64x64",
+        sm_100="64x64x64",
+    ),
 }
 WEIGHTS = {
     4: _tunings("weights", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x32"),
-    2: _tunings("weights_bf16", "128x128x64", "128x64x64", sm_80="128x128x64", sm_90="128x128x64", sm_100="128x64x64"),
+    2: _tunings(
+        "weights_bf16",
+        "128x128x64",
+        "128x64x64",
+        withheld={"sm_100": ("128x128x64",)},
+        sm_80="128x128x64",
+        sm_90="128x128x64",
+        sm_100="128x64x64",
+    ),
 }
 PRODUCT = {
     4: _tunings("product", "128x128x32", "128x64x32", sm_80="128x128x32", sm_90="128x128x32", sm_100="128x128x32"),

@@ -9,7 +9,7 @@ signature that could drift from the first.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -36,16 +36,19 @@ _TYPES = {
 
 @dataclass(frozen=True)
 class Tuning:
-    """How a kernel is cut to the machine: its block sizes (by the names of the kernel's constants), warps and stages."""
+    """How a kernel is cut to the machine: its block sizes (by the names of the kernel's constants), warps and stages.
+
+    programs: of a kernel whose programs walk over many blocks, how many the grid has at most; the code does not know it.
+    """
 
     blocks: Mapping[str, int]
     warps: int = 4
     stages: int = 2
+    programs: int = 0
 
     def __str__(self) -> str:
-        return ",".join(
-            [*(f"{name}={size}" for name, size in self.blocks.items()), f"warps={self.warps}", f"stages={self.stages}"]
-        )
+        words = [*(f"{name}={size}" for name, size in self.blocks.items()), f"warps={self.warps}", f"stages={self.stages}"]
+        return ",".join([*words, *([f"programs={self.programs}"] if self.programs else [])])
 
 
 @dataclass(frozen=True)
@@ -95,12 +98,25 @@ class Launch:
 class Tunings:
     """The shipped tunings of one kernel: named candidates, and which of them each target uses. There is no autotuning at run
     time: a sweep on a GPU (`vatt bench`) measures the candidates, and its winners are written here.
+
+    withheld: by target, candidates that are not for it, because they spill there.
     """
 
-    def __init__(self, kernel: str, candidates: Mapping[str, Tuning], default: Mapping[str, str]) -> None:
+    def __init__(
+        self,
+        kernel: str,
+        candidates: Mapping[str, Tuning],
+        default: Mapping[str, str],
+        withheld: Mapping[str, Sequence[str]] | None = None,
+    ) -> None:
         self.kernel, self.candidates, self.default = kernel, dict(candidates), dict(default)
+        self.withheld = dict(withheld or {})
         self._forced: str | None = None
         TABLES[kernel] = self
+
+    def offered(self, target: str) -> list[str]:
+        """The candidates for a target."""
+        return [name for name in self.candidates if name not in self.withheld.get(target, ())]
 
     def pick(self, target: Target) -> Tuning:
         """The tuning for a target: that of the newest one listed that is not newer than it."""

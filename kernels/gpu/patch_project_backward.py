@@ -21,7 +21,6 @@ import triton.language as tl
 from torch import Tensor
 
 from vatt.kernels.dropout import DropoutMask
-from vatt.kernels.gpu.add_layer_norm import MULTIPROCESSORS
 from vatt.kernels.gpu.dropout import keep_block, mask_arguments
 from vatt.kernels.gpu.launch import Launch, Tuning, Tunings
 from vatt.kernels.gpu.patch_project import EVERY_TARGET, patch_rows, patch_values, product_tunings, reading
@@ -216,7 +215,7 @@ def backward(
     tuning = (LARGE if large else WEIGHT[grad.dtype.itemsize]).pick(target)
     tiles = triton.cdiv(D, tuning.blocks["BLOCK_D"]) * triton.cdiv(F, tuning.blocks["BLOCK_F"])
     steps = triton.cdiv(B * K, tuning.blocks["BLOCK_M"])
-    steps_of_a_split = triton.cdiv(steps, splits_of(tiles, steps, MULTIPROCESSORS[target.name]))
+    steps_of_a_split = triton.cdiv(steps, splits_of(tiles, steps, target.multiprocessors))
     splits = triton.cdiv(steps, steps_of_a_split)
     partial = torch.empty(splits, D, F, dtype=torch.float32, device=grad.device)
     arguments |= {"p_grad": grad, "p_partial": partial, "M": B * K, "D": D, **of_mask}

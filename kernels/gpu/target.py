@@ -17,9 +17,12 @@ class Target:
     shared_memory: bytes a block may have. registers: 32-bit registers of a multiprocessor. threads: of a multiprocessor.
     blocks: that a multiprocessor holds. multiprocessor_memory: shared memory of a multiprocessor, bytes. tensor_columns: of the
     tensor memory that tcgen05 accumulates in. (CUDA C++ Programming Guide, compute capabilities; PTX ISA, tcgen05.alloc.)
+    multiprocessors: of the GPU it stands for (A100, H100 and H200, B200); kernels that divide their work by it are as right on
+    another count, only less even.
     """
 
     capability: int
+    multiprocessors: int
     shared_memory: int
     multiprocessor_memory: int
     registers: int = 65536
@@ -36,9 +39,9 @@ class Target:
 TARGETS = {
     target.name: target
     for target in (
-        Target(80, 166912, 167936),
-        Target(90, 232448, 233472),
-        Target(100, 232448, 233472, tensor_columns=512),
+        Target(80, 108, 166912, 167936),
+        Target(90, 132, 232448, 233472),
+        Target(100, 148, 232448, 233472, tensor_columns=512),
     )
 }
 

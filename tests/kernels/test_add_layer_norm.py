@@ -155,7 +155,7 @@ def test_every_tuning_of_every_width(width: int) -> None:
     grads = [drawn(rows, columns, seed=s).detach() for s in (7, 8)]
     truths = torch.autograd.grad(expected, leaves(given), grads)
     forwards, backwards = gpu.FORWARD[width], gpu.BACKWARD[width]
-    # Of backward those of one target: the others differ in PROGRAMS alone.
+    # Of backward those of one target: the others differ in their programs alone.
     pairs = [forwards.candidates, [name for name in backwards.candidates if name.endswith("x132")]]
     for forward, backward in zip_longest(*pairs, fillvalue=None):
         with forwards.forced(forward or next(iter(pairs[0]))), backwards.forced(backward or next(iter(pairs[1]))):
@@ -175,7 +175,7 @@ def test_programs_that_walk_over_many_rows(programs: int) -> None:
     grads = [drawn(rows, 50, seed=s).detach() for s in (7, 8)]
     truths = torch.autograd.grad(add_layer_norm_reference(**given), leaves(given), grads)
     table = gpu.BACKWARD[128]
-    table.candidates["few"] = Tuning({"BLOCK_M": 4, "BLOCK_D": 128, "PROGRAMS": programs}, 1, 1)
+    table.candidates["few"] = Tuning({"BLOCK_M": 4, "BLOCK_D": 128}, 1, 1, programs)
     try:
         with table.forced("few"):
             found = torch.autograd.grad(add_layer_norm(**given, implementation="interpreter"), leaves(given), grads)

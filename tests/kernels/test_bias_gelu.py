@@ -113,7 +113,7 @@ def test_bias_gradient_of_more_rows_than_programs(monkeypatch: pytest.MonkeyPatc
     from vatt.kernels.gpu import bias_gelu as gpu
     from vatt.kernels.gpu.launch import Tuning
 
-    monkeypatch.setitem(gpu.BACKWARD.candidates, "few", Tuning({"BLOCK_M": 2, "BLOCK_C": 64, "PROGRAMS": 6}))
+    monkeypatch.setitem(gpu.BACKWARD.candidates, "few", Tuning({"BLOCK_M": 2, "BLOCK_C": 64}, programs=6))
     x, b = torch.randn(23, 150, requires_grad=True), torch.randn(150, requires_grad=True)
     grad = torch.randn(23, 150)
     with gpu.BACKWARD.forced("few"):
