@@ -52,7 +52,7 @@ SUMS = {
         withheld={"sm_80": ("64x64x32", "128x64x32")},
         sm_80="64x64x16",
         sm_90="128x64x32",
-        sm_100="64x64x32",
+        sm_100="64x64x16",
     ),
     2: _tunings(
         "sums_bf16",
@@ -65,7 +65,7 @@ SUMS = {
     ),
 }
 WEIGHTS = {
-    4: _tunings("weights", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x32"),
+    4: _tunings("weights", "128x64x16", "128x64x32", sm_80="128x64x16", sm_90="128x64x32", sm_100="128x64x16"),
     2: _tunings(
         "weights_bf16",
         "128x128x64",
