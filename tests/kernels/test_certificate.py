@@ -8,6 +8,7 @@ import json
 import os
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +214,9 @@ def test_the_plan_holds_every_launch_under_every_tuning() -> None:
     assert [job.backward for job in jobs if job.shipped] == [False, True, True]
     for launch, tables in (("forward", FORWARD), ("backward", BACKWARD)):
         tunings = [job.tuning for job in jobs if job.launch == launch]
-        assert sorted(tunings) == sorted(str(tuning) for tuning in tables[1024].candidates.values())
+        # Tunings that differ in the grid's programs alone are one binary, compiled once.
+        binaries = {str(replace(tuning, programs=0)) for tuning in tables[1024].candidates.values()}
+        assert sorted(tuning.partition(",programs")[0] for tuning in tunings) == sorted(binaries)
         (shipped,) = (job.tuning for job in jobs if job.launch == launch and job.shipped)
         assert shipped == str(tables[1024].candidates[tables[1024].default["sm_80"]])
     assert len({job.key for job in jobs}) == len(jobs)
