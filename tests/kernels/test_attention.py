@@ -192,7 +192,7 @@ def test_little_is_computed_for_padding(target: str, tokens: int) -> None:
 def test_every_tuning_offered_gives_the_same(table: Tunings) -> None:
     """Each in the interpreter, on a length that fills no tile."""
     if torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU in this process")
+        pytest.skip("Triton compiles for the GPU in this process; the interpreter is tested where there is none")
     target = TARGETS[next(iter(table.default))]
     kind = table.kernel.split("_sm")[0].rsplit("_", 1)[-1]
     dropout = drop(1) if kind == "dropout" else None
@@ -284,7 +284,7 @@ def test_no_mask_inside_the_walks() -> None:
 @pytest.mark.parametrize("dropped", [False, True], ids=["kept", "dropout"])
 def test_the_dispatchers_own_checks(bias: bool, dropped: bool) -> None:
     if torch.cuda.is_available():
-        pytest.skip("Triton compiles for the GPU in this process")
+        pytest.skip("Triton compiles for the GPU in this process; the interpreter is tested where there is none")
     mask = drop(1) if dropped else (0.0, None, None, None, 0)
     b = torch.randn(1, 2, 7, 7, requires_grad=True) if bias else None
     torch.library.opcheck(torch.ops.vatt.attention, (packed(1, 7, 2, 32).float().requires_grad_(), b, 0.2, *mask, "triton"))
